@@ -1,0 +1,52 @@
+# Everything here works on a fresh clone with Python 3.11 or newer, make and a C locale.
+
+PYTHON ?= python3
+ROWS ?= 10000000
+# Set on some machines; without .pyc files every Airflow process would compile Airflow again.
+unexport PYTHONDONTWRITEBYTECODE
+
+.DEFAULT_GOAL := help
+.PHONY: help demo up down test lint format bench lock clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+
+demo: .venv/local.ok ## from nothing to a warehouse: embedded PostgreSQL, migrations, three Airflow runs, the counts
+	@.venv/bin/python -m local demo
+
+up: .venv/local.ok ## the Airflow UI on the embedded PostgreSQL, until Ctrl-C
+	@.venv/bin/python -m local up
+
+down: .venv/local.ok ## stop what make up or make demo runs elsewhere
+	@.venv/bin/python -m local down
+
+test: .venv/dev.ok ## all tests, on PostgreSQL 15 if it is installed and on the embedded one
+	@.venv/bin/python -m pytest
+
+lint: .venv/dev.ok ## ruff, mypy, sqlfluff, squawk
+	@.venv/bin/ruff check .
+	@.venv/bin/ruff format --check .
+	@.venv/bin/mypy
+	@.venv/bin/sqlfluff lint sql
+	@# each migration is a transaction of its own, alembic/env.py sets its lock_timeout, and quantity is an integer
+	@.venv/bin/squawk --assume-in-transaction --pg-version 15 \
+	    --exclude require-lock-timeout,require-statement-timeout,prefer-robust-stmts,prefer-bigint-over-int \
+	    sql/ddl/*.up.sql
+
+format: .venv/dev.ok ## ruff and sqlfluff, writing
+	@.venv/bin/ruff check --fix .
+	@.venv/bin/ruff format .
+	@.venv/bin/sqlfluff fix sql
+
+bench: .venv/local.ok ## ROWS orders (10 million) through the DAG: seconds and memory of each task
+	@.venv/bin/python -m bench.dag_at_scale --rows $(ROWS)
+
+lock: .venv/dev.ok ## compile the requirements files anew from pyproject.toml
+	@local/lock.sh
+
+clean: down ## remove the environment, the embedded warehouse with its rows, and the batch files
+	@rm -rf .venv .run data
+
+.venv/%.ok: requirements-%.txt requirements-uv.txt
+	@PYTHON="$(PYTHON)" local/venv.sh $<
+	@touch $@

@@ -1,0 +1,122 @@
+"""### Land one batch of orders, publish the latest row of each
+
+    generator ──> data/raw/orders-<run>.csv ──COPY FROM STDIN──> raw.orders ──DISTINCT ON──> stg.orders_latest
+     generate_batch                             load_raw                    refresh_latest
+
+| task | does | may run again, because |
+|---|---|---|
+| `generate_batch` | writes the run's CSV file | a run's timestamp and seed make the same bytes |
+| `load_raw` | brings it to `raw.orders`, with a row in `raw.loads` | what the ledger has is not loaded again |
+| `refresh_latest` | swaps in a fresh `stg.orders_latest` | readers see the old rows or the new, never neither |
+
+**If it fails:** the task's log names the cause: file, line, column and value of a bad row, the pid behind a lock.
+Nothing is half-done. Mend the cause and clear the task; a lost connection or a lock is tried again by itself.
+`SELECT * FROM raw.loads ORDER BY load_id DESC` in psql shows what has been loaded.
+"""
+
+import os
+import sys
+from dataclasses import asdict
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from airflow.providers.common.sql.operators.sql import SQLExecuteQueryOperator
+from airflow.providers.postgres.hooks.postgres import PostgresHook
+from airflow.sdk import Asset, ExceptionRetryPolicy, Param, RetryAction, RetryRule, dag, task
+from batch_load import BatchError, load_batch
+
+ROOT = Path(__file__).resolve().parents[1]
+DATA = Path(os.environ.get("WAREHOUSE_DATA", ROOT / "data"))
+sys.path.append(str(ROOT))  # generator/ is beside dags/
+
+RAW = Asset("raw.orders", group="warehouse")
+LATEST = Asset("stg.orders_latest", group="warehouse")
+
+
+def row_count(cursor: Any) -> Any:
+    """The one number that the transform's script returns, from whichever of its statements."""
+    rows: list[tuple[Any, ...]] = []
+    while True:
+        rows = cursor.fetchall() if cursor.description else rows
+        if not cursor.nextset():
+            return rows[0][0]
+
+
+def report_rows(context: Any, rows: int) -> None:
+    context["task"].log.info("stg.orders_latest: %s rows", f"{rows:,}")
+    context["outlet_events"][LATEST].extra = {"rows": rows}
+
+
+@dag(
+    schedule=None,
+    max_active_runs=1,
+    catchup=False,
+    tags=["warehouse"],
+    doc_md=__doc__,
+    template_searchpath=[str(ROOT / "sql" / "transforms")],
+    params={
+        "rows": Param(
+            100,
+            type="integer",
+            minimum=1,
+            maximum=50_000_000,
+            title="Rows",
+            description="Orders in the batch: order_id 1 to this number, 1 to 50 million",
+        ),
+        "seed": Param(
+            0,
+            type="integer",
+            minimum=0,
+            maximum=2**32 - 1,
+            title="Seed",
+            description="Which orders: the same seed makes new versions of the same orders",
+        ),
+    },
+    default_args={
+        "retries": 3,
+        "retry_delay": timedelta(seconds=10),
+        "retry_exponential_backoff": True,
+        "max_retry_delay": timedelta(minutes=5),
+        "execution_timeout": timedelta(hours=2),
+    },
+)
+def orders() -> None:
+    @task
+    def generate_batch(params: Any = None, dag_run: Any = None) -> str:
+        from generator.orders import generate_orders  # NumPy and Faker: not for every parse of this file
+
+        path = DATA / "raw" / f"orders-{quote(dag_run.run_id, safe=':+')}.csv"
+        generate_orders(path, rows=params["rows"], seed=params["seed"], updated_at=dag_run.run_after)
+        return str(path)
+
+    # A bad file stays bad: only what may pass by itself is tried again.
+    @task(outlets=[RAW], retry_policy=ExceptionRetryPolicy([RetryRule(BatchError, RetryAction.FAIL)]))
+    def load_raw(path: Any, dag_run: Any = None, outlet_events: Any = None) -> dict[str, Any]:
+        with PostgresHook("de_dw").get_conn() as conn:
+            load = load_batch(
+                conn,
+                table="raw.orders",
+                batch_id=dag_run.run_id,
+                path=Path(path),
+                updated_at=dag_run.run_after,
+            )
+        outlet_events[RAW].extra = asdict(load)
+        return asdict(load)
+
+    refresh_latest = SQLExecuteQueryOperator(
+        task_id="refresh_latest",
+        conn_id="de_dw",
+        sql="stg.orders_latest.sql",
+        autocommit=True,  # the script has its own BEGIN and COMMIT, and an ANALYZE after it
+        handler=row_count,
+        hook_params={"log_sql": False, "enable_log_db_messages": True},
+        post_execute=report_rows,
+        outlets=[LATEST],
+    )
+
+    load_raw(generate_batch()) >> refresh_latest
+
+
+orders()

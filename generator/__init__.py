@@ -1,0 +1,1 @@
+"""Makes batches of orders to run the pipeline on: `python -m generator --help`."""

@@ -1,0 +1,1 @@
+"""The warehouse without Docker: PostgreSQL from a wheel and Airflow on it. `make demo`, `make up`, `make down`."""

@@ -1,0 +1,310 @@
+"""python -m local demo | up | down: what the Makefile's targets of these names run."""
+
+import argparse
+import fcntl
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+import psycopg
+from psycopg import sql
+
+from local.console import Console, Failure
+from local.postgres import Server, ServerError
+from local.settings import ADMIN, ROOT, RUN, admin_password, environment, metadata_url
+
+HOLDER = RUN / "holder.json"
+LOGS = RUN / "logs"
+DEFAULT_PORT = 8080
+# Airflow's first start compiles its modules, which takes a slow machine a while.
+HEALTHY_SECONDS = 180.0
+# Longer than a task needs to write down that it was stopped.
+CHILD_STOP_SECONDS = 60.0
+
+
+@contextmanager
+def only_one(command: str) -> Iterator[None]:
+    """Hold the state folder. The lock is on the folder itself and ends with the process: no file stays behind.
+
+    :raises Failure: another process holds it.
+    """
+    RUN.mkdir(exist_ok=True)
+    fd = os.open(RUN, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Failure(
+                f"make {holder().get('command', 'up')} is running here (pid {holder().get('pid', '?')}): "
+                f"use its UI, or stop it with make down"
+            ) from None
+        HOLDER.write_text(json.dumps({"pid": os.getpid(), "command": command}))
+        try:
+            yield
+        finally:
+            HOLDER.unlink(missing_ok=True)
+    finally:
+        os.close(fd)
+
+
+def holder() -> dict[str, object]:
+    try:
+        content: dict[str, object] = json.loads(HOLDER.read_text())
+    except (OSError, ValueError):
+        content = {}
+    return content
+
+
+def open_databases(console: Console, stack: ExitStack, port: int) -> dict[str, str]:
+    """Start the embedded server where it is needed, and return the environment for Alembic and Airflow.
+
+    WAREHOUSE_URL, when set, is where the warehouse is; Airflow keeps its own database on the embedded server even
+    then, unless AIRFLOW__DATABASE__SQL_ALCHEMY_CONN says where it should be.
+    """
+    warehouse = os.environ.get("WAREHOUSE_URL", "")
+    metadata = os.environ.get("AIRFLOW__DATABASE__SQL_ALCHEMY_CONN", "")
+    if not (warehouse and metadata):
+        server = Server(RUN / "postgres")
+        with console.step("PostgreSQL started" + (" (for Airflow's own database)" if warehouse else "")):
+            stack.callback(server.stop)
+            server.start()
+            with psycopg.connect(server.url("postgres"), autocommit=True) as conn:
+                for database in ("airflow", "de_dw"):
+                    if not conn.execute("SELECT 1 FROM pg_database WHERE datname = %s", (database,)).fetchone():
+                        conn.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(database)))
+        warehouse = warehouse or server.url("de_dw")
+        metadata = metadata or metadata_url(server.socket_dir)
+    return environment(warehouse, metadata, port)
+
+
+def migrate_warehouse(console: Console, env: dict[str, str]) -> None:
+    with console.step("alembic upgrade head"):
+        run([sys.executable, "-m", "alembic", "upgrade", "head"], env)
+
+
+def run(command: list[str], env: dict[str, str]) -> None:
+    """Run a program to its end, its output in the log.
+
+    :raises Failure: it failed; with its last words.
+    """
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env=os.environ | env,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    os.write(1, done.stdout)
+    if done.returncode != 0:
+        raise Failure(done.stdout.decode(errors="replace").strip()[-1500:])
+
+
+def demo(console: Console, stack: ExitStack) -> None:
+    """Three runs of the DAG in this process, then the counts.
+
+    :raises Failure: a run failed, or the counts are not what they must be.
+    """
+    env = open_databases(console, stack, DEFAULT_PORT)
+    migrate_warehouse(console, env)
+    from local.demo import run_demo  # imports nothing of Airflow before its environment is set
+
+    run_demo(console, env)
+
+
+def up(console: Console, stack: ExitStack, port: int | None) -> None:
+    """Airflow's three processes on the databases, until SIGINT or SIGTERM.
+
+    :raises Failure: one of them could not be started, or ended by itself.
+    """
+    port = free_port(port)
+    env = open_databases(console, stack, port)
+    migrate_warehouse(console, env)
+    with console.step("airflow db migrate"):
+        run([sys.executable, "-m", "airflow", "db", "migrate"], env)
+    password = admin_password()
+    children: dict[str, subprocess.Popen[bytes]] = {}
+    stack.callback(stop_children, children)
+    with console.step("Airflow started"):
+        for name, *arguments in (["api-server"], ["scheduler", "--skip-serve-logs"], ["dag-processor"]):
+            children[name] = start_child([sys.executable, "-m", "airflow", name, *arguments], env, LOGS / f"{name}.log")
+        wait_until_healthy(children, port)
+    console.say()
+    console.say(f"  UI        http://127.0.0.1:{port}   user {ADMIN}, password {password}")
+    console.say(f"  psql      {psql_line(env)}")
+    console.say(f"  Alembic   WAREHOUSE_URL='{mask(env['WAREHOUSE_URL'])}' .venv/bin/alembic current")
+    console.say(f"  logs      {LOGS.relative_to(ROOT)}/")
+    console.say()
+    console.say("Ctrl-C stops it; nothing is lost.")
+    while True:
+        for name, child in children.items():
+            if child.poll() is not None:
+                raise Failure(f"airflow {name} ended by itself, exit code {child.returncode}: see {LOGS / name}.log")
+        time.sleep(0.5)
+
+
+def psql_line(env: dict[str, str]) -> str:
+    from local.postgres import embedded_binaries
+
+    psql = shutil.which("psql") or str(embedded_binaries() / "psql")
+    quoted = psql if " " not in psql else f"'{psql}'"
+    return f"{quoted} '{mask(env['WAREHOUSE_URL'])}'"
+
+
+def mask(url: str) -> str:
+    """The URL without its password: psql asks for it."""
+    scheme, separator, rest = url.partition("://")
+    login, at, host = rest.rpartition("@") if "@" in rest.split("/")[0] else ("", "", rest)
+    return scheme + separator + login.split(":")[0] + at + host
+
+
+def free_port(wanted: int | None) -> int:
+    """The port asked for, or 8080, or any free one if 8080 is taken.
+
+    :raises Failure: the port that was asked for is taken.
+    """
+    for port in (wanted,) if wanted else (DEFAULT_PORT, 0):
+        with socket.socket() as probe, suppress(OSError):
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("127.0.0.1", port or 0))
+            return int(probe.getsockname()[1])
+    raise Failure(f"port {wanted} is taken: choose another, as in make up PORT=8081")
+
+
+def start_child(command: list[str], env: dict[str, str], log: Path) -> subprocess.Popen[bytes]:
+    setpriv = shutil.which("setpriv")  # if we are killed, it is told to stop
+    prefix = [setpriv, "--pdeathsig", "TERM"] if setpriv else []
+    with log.open("wb") as file:
+        # A session of its own: Ctrl-C goes to the whole terminal, and we stop them in order.
+        return subprocess.Popen(
+            prefix + command,
+            cwd=ROOT,
+            env=os.environ | env,
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=file,
+            start_new_session=True,
+        )
+
+
+def wait_until_healthy(children: dict[str, subprocess.Popen[bytes]], port: int) -> None:
+    """Wait for the scheduler's and the DAG processor's first heartbeat and for the DAG, then warm the API up."""
+    base = f"http://127.0.0.1:{port}"
+    give_up = time.monotonic() + HEALTHY_SECONDS
+    while True:
+        for name, child in children.items():
+            if child.poll() is not None:
+                tail = (LOGS / f"{name}.log").read_text(errors="replace")[-1500:]
+                raise Failure(f"airflow {name} ended, exit code {child.returncode}:\n{tail}")
+        with suppress(OSError, ValueError):
+            health = json.load(urllib.request.urlopen(f"{base}/api/v2/monitor/health", timeout=5))  # noqa: S310
+            if all(health[part]["status"] == "healthy" for part in ("metadatabase", "scheduler", "dag_processor")):
+                break
+        if time.monotonic() > give_up:
+            raise Failure(f"Airflow was not healthy after {HEALTHY_SECONDS:.0f} s: see {LOGS}")
+        time.sleep(0.3)
+    # The part of the API that tasks use is built at its first request: longer than a task waits for an answer.
+    with suppress(OSError):
+        urllib.request.urlopen(f"{base}/execution/health", timeout=60).read()  # noqa: S310
+
+
+def stop_children(children: dict[str, subprocess.Popen[bytes]]) -> None:
+    for child in children.values():
+        child.terminate()
+    give_up = time.monotonic() + CHILD_STOP_SECONDS
+    for child in children.values():
+        try:
+            child.wait(max(give_up - time.monotonic(), 0.1))
+        except subprocess.TimeoutExpired:
+            with suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
+
+
+def down() -> None:
+    """Stop the process that holds the state folder, and a PostgreSQL that a killed one left behind."""
+    if not RUN.exists():
+        print("nothing is running")
+        return
+    give_up = time.monotonic() + 2 * CHILD_STOP_SECONDS
+    told = 0
+    while True:
+        try:
+            with only_one("down"):
+                server = Server(RUN / "postgres")
+                left_over = server.adopt()
+                server.stop()
+                print("stopped" if told or left_over else "nothing is running")
+                return
+        except Failure:
+            pid = int(str(holder().get("pid", 0)))
+            if pid and pid != told:
+                os.kill(pid, signal.SIGTERM)
+                told = pid
+            if time.monotonic() > give_up:
+                raise Failure(f"pid {pid} did not stop") from None
+            time.sleep(0.2)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m local", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("demo", help="three runs of the DAG, then the counts")
+    commands.add_parser("up", help="the Airflow UI until Ctrl-C").add_argument(
+        "--port",
+        type=int,
+        default=int(os.environ.get("PORT", 0)) or None,
+        help="of the UI; default 8080, or a free one",
+    )
+    commands.add_parser("down", help="stop what runs")
+    arguments = parser.parse_args()
+    if arguments.command == "down":
+        try:
+            down()
+        except Failure as failure:
+            print(failure, file=sys.stderr)
+            return 1
+        return 0
+
+    def stop(number: int, frame: object) -> None:
+        # Once is enough: a second Ctrl-C must not break off the shutdown.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    console: Console | None = None
+    try:
+        with only_one(arguments.command):
+            signal.signal(signal.SIGINT, stop)
+            signal.signal(signal.SIGTERM, stop)
+            console = Console(LOGS / f"{arguments.command}.log")
+            with ExitStack() as stack:
+                if arguments.command == "demo":
+                    demo(console, stack)
+                else:
+                    up(console, stack, arguments.port)
+        return 0
+    except KeyboardInterrupt:
+        if console is not None:
+            console.say("stopped")
+        return 0 if arguments.command == "up" else 130
+    except (Failure, ServerError, psycopg.Error) as failure:
+        out = console.out if console is not None else sys.stderr
+        print(f"\n{failure}", file=out)
+        if console is not None:
+            print(f"\nThe full log: {console.log}", file=out)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

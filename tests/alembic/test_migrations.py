@@ -1,0 +1,195 @@
+"""alembic upgrade, downgrade, revision and --sql, as users run them."""
+
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import psycopg
+
+from tests.conftest import ROOT, DatabaseServer, Warehouse, alembic
+
+ROW = "SET de_dw.load_id = 1; INSERT INTO raw.orders (order_id, updated_at) VALUES (1, now())"
+
+
+def dump(server: DatabaseServer, url: str) -> list[str]:
+    """The whole schema as SQL, without the lines that differ each time."""
+    done = subprocess.run(
+        [server.binaries / "pg_dump", "--schema-only", f"--dbname={url}"], capture_output=True, text=True, check=True
+    )
+    return [line for line in done.stdout.splitlines() if not line.startswith(("--", "\\restrict", "\\unrestrict"))]
+
+
+def psql(server: DatabaseServer, url: str) -> list[str]:
+    return [str(server.binaries / "psql"), "--no-psqlrc", "--quiet", "--set=ON_ERROR_STOP=1", f"--dbname={url}"]
+
+
+def test_up_down_and_up_again_give_the_same_schema(server: DatabaseServer, database: str) -> None:
+    alembic(database, "upgrade", "head")
+    schema = dump(server, database)
+
+    alembic(database, "downgrade", "base")
+    empty = dump(server, database)
+    alembic(database, "upgrade", "head")
+
+    assert dump(server, database) == schema
+    assert not [line for line in empty if "raw." in line or "stg." in line]
+    assert len([line for line in schema if line.startswith("CREATE TABLE ")]) == 7
+
+
+def test_downgrade_works_after_swaps(warehouse: Warehouse) -> None:
+    for _ in range(3):
+        warehouse.run("stg.orders_latest")
+
+    alembic(warehouse.url, "downgrade", "base")
+    alembic(warehouse.url, "upgrade", "head")
+
+    assert warehouse.run("stg.orders_latest") == 0
+
+
+def test_two_upgrades_at_once_both_succeed(database: str) -> None:
+    results: list[subprocess.CompletedProcess[str]] = []
+    threads = [
+        threading.Thread(target=lambda: results.append(alembic(database, "upgrade", "head", check=False)))
+        for _ in range(3)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    assert [result.returncode for result in results] == [0, 0, 0], [result.stderr for result in results]
+    assert sum("create raw.orders" in result.stderr for result in results) == 1
+
+
+def test_offline_sql_is_what_psql_takes_and_makes_the_same_schema(server: DatabaseServer, database: str) -> None:
+    script = alembic("", "upgrade", "head", "--sql").stdout
+
+    subprocess.run(psql(server, database), input=script, text=True, check=True, capture_output=True)
+
+    online = server.make()
+    alembic(online, "upgrade", "head")
+    assert dump(server, database) == dump(server, online)
+    assert alembic(database, "current").stdout.split()[0] == "0003"
+    server.drop(online)
+
+
+def test_offline_downgrade_carries_the_refusal(server: DatabaseServer, database: str) -> None:
+    alembic(database, "upgrade", "head")
+    with psycopg.connect(database) as conn:
+        conn.execute(ROW)
+
+    for options, returncode in (([], 3), (["-x", "allow-data-loss=yes"], 0)):
+        script = alembic("", *options, "downgrade", "head:base", "--sql").stdout
+        done = subprocess.run(psql(server, database), input=script, text=True, check=False, capture_output=True)
+
+        assert done.returncode == returncode, done.stderr
+
+
+def test_downgrade_with_rows_is_refused_unless_told(database: str) -> None:
+    alembic(database, "upgrade", "head")
+    with psycopg.connect(database) as conn:
+        conn.execute(ROW)
+
+    refused = alembic(database, "downgrade", "base", check=False)
+
+    assert refused.returncode != 0
+    assert "refusing to drop raw.orders: it has rows" in refused.stderr
+    assert "allow-data-loss=yes" in refused.stderr
+    with psycopg.connect(database) as conn:
+        assert conn.execute("SELECT count(*) FROM raw.orders").fetchall() == [(1,)]
+    alembic(database, "-x", "allow-data-loss=yes", "downgrade", "base")
+
+
+def test_unknown_option_is_refused_naming_the_known_ones(database: str) -> None:
+    refused = alembic(database, "-x", "allow-dataloss=yes", "upgrade", "head", check=False)
+
+    assert refused.returncode != 0
+    assert "unknown -x allow-dataloss: known are allow-data-loss=yes" in refused.stderr + refused.stdout
+
+
+def test_missing_url_says_what_to_set() -> None:
+    refused = alembic("", "upgrade", "head", check=False)
+
+    assert refused.returncode != 0
+    assert "WAREHOUSE_URL is not set" in refused.stderr + refused.stdout
+
+
+def test_migration_does_not_wait_long_for_a_lock(database: str) -> None:
+    alembic(database, "upgrade", "head")
+    with psycopg.connect(database) as reader:
+        reader.execute("SELECT * FROM raw.orders")
+
+        refused = alembic(database, "-x", "lock-timeout=200ms", "downgrade", "base", check=False)
+
+        assert refused.returncode != 0
+        assert "LockNotAvailable" in refused.stderr
+        assert "Running downgrade 0002 -> 0001" in refused.stderr
+
+
+def test_owner_needs_no_superuser(server: DatabaseServer) -> None:
+    with psycopg.connect(server.admin, autocommit=True) as conn:
+        conn.execute(
+            "DO $$ BEGIN CREATE ROLE test_owner LOGIN CREATEROLE; EXCEPTION WHEN duplicate_object THEN NULL; END $$"
+        )
+        conn.execute("DO $$ BEGIN CREATE ROLE de_dw_pipeline; EXCEPTION WHEN duplicate_object THEN NULL; END $$")
+        conn.execute("REVOKE de_dw_pipeline FROM test_owner")
+        version = conn.info.server_version
+    url = server.make(owner="test_owner")
+    if version >= 160000:  # where CREATEROLE alone does not make a member of a role that another made
+        refused = alembic(url, "upgrade", "head", check=False)
+        assert "GRANT de_dw_pipeline TO test_owner" in refused.stderr
+        with psycopg.connect(server.admin, autocommit=True) as conn:
+            conn.execute("GRANT de_dw_pipeline TO test_owner")
+
+    alembic(url, "upgrade", "head")
+    alembic(url, "downgrade", "base")
+    server.drop(url)
+
+
+def test_every_table_column_and_function_has_a_comment(warehouse: Warehouse) -> None:
+    without = """
+        SELECT c.oid::regclass::text, a.attname::text
+        FROM pg_class AS c
+        LEFT JOIN pg_attribute AS a ON c.oid = a.attrelid AND a.attnum > 0 AND NOT a.attisdropped
+        WHERE c.relnamespace IN ('raw'::regnamespace, 'stg'::regnamespace) AND c.relkind IN ('r', 'p', 'v')
+            AND (obj_description(c.oid, 'pg_class') IS NULL OR col_description(c.oid, a.attnum) IS NULL)
+        UNION ALL
+        SELECT p.oid::regprocedure::text, '()' FROM pg_proc AS p
+        WHERE p.pronamespace IN ('raw'::regnamespace, 'stg'::regnamespace) AND obj_description(p.oid) IS NULL
+    """
+
+    assert warehouse.rows(without) == []
+
+
+def test_new_revision_is_numbered_and_has_both_sql_files(tmp_path: Path) -> None:
+    for part in ("alembic", "sql"):
+        shutil.copytree(ROOT / part, tmp_path / part)
+    shutil.copy(ROOT / "alembic.ini", tmp_path)
+
+    subprocess.run(
+        [sys.executable, "-m", "alembic", "revision", "-m", "add orders discount"],
+        cwd=tmp_path,
+        env={name: value for name, value in os.environ.items() if name != "WAREHOUSE_URL"},
+        check=True,
+        capture_output=True,
+    )
+
+    made = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("0004_*.[ps]*[yl]")}
+    assert made == {
+        "alembic/versions/0004_add_orders_discount.py",
+        "sql/ddl/0004_add_orders_discount.up.sql",
+        "sql/ddl/0004_add_orders_discount.down.sql",
+    }
+    up = (tmp_path / "sql/ddl/0004_add_orders_discount.up.sql").read_text()
+    assert "_live and _spare" in up
+    assert all(line.startswith("--") for line in up.splitlines())
+
+
+def test_every_revision_has_its_pair_and_every_file_its_revision() -> None:
+    revisions = {path.stem for path in (ROOT / "alembic" / "versions").glob("*.py")}
+    files = {path.name for path in (ROOT / "sql" / "ddl").iterdir()}
+
+    assert files == {f"{stem}.{direction}.sql" for stem in revisions for direction in ("up", "down")}

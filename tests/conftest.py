@@ -1,0 +1,163 @@
+"""A fresh warehouse for every test, on real servers: copy this file to test your own SQL.
+
+`warehouse` is a database with all migrations, cloned from a template in milliseconds, on PostgreSQL 15 (Debian's, where
+it is installed) and on the embedded one. Set WAREHOUSE_URL to a superuser's URL to use that server instead.
+
+    def test_newest_version_wins(warehouse):
+        warehouse.given("raw.orders", '''
+            order_id | status  | updated_at
+            1        | created | 2026-01-01
+            1        | paid    | 2026-01-02
+        ''')
+        warehouse.run("stg.orders_latest")
+        assert warehouse.rows("SELECT order_id, status FROM stg.orders_latest") == [(1, "paid")]
+"""
+
+import itertools
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+from psycopg import sql
+from psycopg.conninfo import make_conninfo
+
+from local.postgres import Server, embedded_binaries
+
+ROOT = Path(__file__).resolve().parents[1]
+DEBIAN_15 = Path("/usr/lib/postgresql/15/bin")
+# Nothing here outlives the run, so nothing needs to be on disk.
+FAST = {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off", "max_connections": "100"}
+NUMBERS = itertools.count(1)
+
+
+@dataclass(frozen=True)
+class DatabaseServer:
+    """A server that databases may be made on. `admin` is a superuser's conninfo, `binaries` has psql and pg_dump."""
+
+    admin: str
+    binaries: Path
+
+    def make(self, *, template: str = "template1", owner: str = "") -> str:
+        """A new database: its conninfo, as the superuser or as its owner."""
+        name = f"test_{os.getpid()}_{next(NUMBERS)}"
+        with psycopg.connect(self.admin, autocommit=True) as conn:
+            query = sql.SQL("CREATE DATABASE {} TEMPLATE {}").format(sql.Identifier(name), sql.Identifier(template))
+            conn.execute(query + sql.SQL(" OWNER {}").format(sql.Identifier(owner)) if owner else query)
+        return make_conninfo(self.admin, dbname=name, **({"user": owner} if owner else {}))
+
+    def drop(self, conninfo: str) -> None:
+        name = psycopg.conninfo.conninfo_to_dict(conninfo)["dbname"]
+        with psycopg.connect(self.admin, autocommit=True) as conn:
+            conn.execute(sql.SQL("DROP DATABASE IF EXISTS {} WITH (FORCE)").format(sql.Identifier(str(name))))
+
+
+@dataclass(frozen=True)
+class Warehouse:
+    """A migrated database, and the words to write a test with: given, run, rows."""
+
+    url: str
+    server: DatabaseServer
+
+    def connect(self, role: str = "de_dw_pipeline", **options: Any) -> psycopg.Connection[Any]:
+        """A connection with the rights of a role; role="" is the owner's, a superuser."""
+        settings = f"-c role={role}" if role else ""
+        return psycopg.connect(make_conninfo(self.url, options=settings), **options)
+
+    def given(self, table: str, data: str) -> None:
+        """Insert rows that are written as a table: names, then values, with | between; NULL is NULL."""
+        lines = [[cell.strip() for cell in line.split("|")] for line in data.strip().splitlines()]
+        query = sql.SQL("INSERT INTO {} ({}) VALUES ({})").format(
+            sql.Identifier(*table.split(".")),
+            sql.SQL(", ").join(map(sql.Identifier, lines[0])),
+            sql.SQL(", ").join([sql.Placeholder()] * len(lines[0])),
+        )
+        with self.connect() as conn:
+            conn.execute("SET de_dw.load_id = 1")
+            for line in lines[1:]:
+                conn.execute(query, [None if cell == "NULL" else cell for cell in line])
+
+    def run(self, transform: str, *, notices: list[str] | None = None, settings: str = "") -> int:
+        """Run sql/transforms/<transform>.sql as Airflow does, and return the number of rows it says it made."""
+        with self.connect(autocommit=True) as conn:
+            if notices is not None:
+                conn.add_notice_handler(lambda diag: notices.append(diag.message_primary or ""))
+            conn.execute(settings)
+            cursor = conn.execute((ROOT / "sql" / "transforms" / f"{transform}.sql").read_bytes())
+            rows = [(0,)]
+            while True:
+                rows = cursor.fetchall() if cursor.description else rows
+                if not cursor.nextset():
+                    return int(rows[0][0])
+
+    def rows(self, query: str, role: str = "de_dw_reader") -> list[tuple[Any, ...]]:
+        """The result of a query, by default with an analyst's rights."""
+        with self.connect(role) as conn:
+            return conn.execute(query.encode()).fetchall()
+
+
+def alembic(url: str, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    """The command that users run."""
+    done = subprocess.run(
+        [sys.executable, "-m", "alembic", *arguments],
+        cwd=ROOT,
+        env=os.environ | {"WAREHOUSE_URL": url},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0 or not check, done.stderr
+    return done
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 30) -> None:
+    """Wait for what another thread or process does."""
+    give_up = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < give_up, "it did not happen"
+        time.sleep(0.01)
+
+
+def servers() -> list[str]:
+    if os.environ.get("WAREHOUSE_URL"):
+        return ["WAREHOUSE_URL"]
+    return [*(["postgres15"] if DEBIAN_15.exists() else []), "embedded"]
+
+
+@pytest.fixture(scope="session", params=servers())
+def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[DatabaseServer]:
+    if request.param == "WAREHOUSE_URL":
+        yield DatabaseServer(os.environ["WAREHOUSE_URL"], embedded_binaries())
+        return
+    binaries = DEBIAN_15 if request.param == "postgres15" else embedded_binaries()
+    with Server(tmp_path_factory.mktemp(request.param), binaries, FAST) as running:
+        yield DatabaseServer(running.url("postgres"), binaries)
+
+
+@pytest.fixture(scope="session")
+def template(server: DatabaseServer) -> Iterator[str]:
+    """The name of a database with all migrations, to clone."""
+    url = server.make()
+    alembic(url, "upgrade", "head")
+    yield str(psycopg.conninfo.conninfo_to_dict(url)["dbname"])
+    server.drop(url)
+
+
+@pytest.fixture
+def warehouse(server: DatabaseServer, template: str) -> Iterator[Warehouse]:
+    url = server.make(template=template)
+    yield Warehouse(url, server)
+    server.drop(url)
+
+
+@pytest.fixture
+def database(server: DatabaseServer) -> Iterator[str]:
+    """An empty database, for the migrations themselves."""
+    url = server.make()
+    yield url
+    server.drop(url)

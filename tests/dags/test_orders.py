@@ -1,0 +1,193 @@
+"""The DAG `orders`: its structure, and real runs of it on a real warehouse."""
+
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+
+from local.postgres import Server
+from local.settings import airflow_connection, environment, metadata_url
+from tests.conftest import FAST, ROOT, Warehouse
+
+RUN = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
+
+
+@pytest.fixture(scope="module")
+def airflow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Airflow with a metadata database of its own, in this process."""
+    home = tmp_path_factory.mktemp("airflow")
+    with pytest.MonkeyPatch.context() as patch, Server(home / "postgres", settings=FAST) as server:
+        with psycopg.connect(server.url("postgres"), autocommit=True) as conn:
+            conn.execute("CREATE DATABASE airflow")
+        patch.setattr("local.settings.RUN", home)
+        for name, value in environment("postgresql://", metadata_url(server.socket_dir), 8080).items():
+            patch.setenv(name, value)
+        patch.setenv("WAREHOUSE_DATA", str(home / "data"))
+        from airflow.settings import dispose_orm
+        from airflow.utils.db import initdb
+
+        initdb()
+        yield
+        dispose_orm()
+
+
+@pytest.fixture
+def parsed(airflow: None) -> Any:
+    """The DAG, read from its file for each test: a run in this process changes the defaults of its params."""
+    from airflow.dag_processing.dagbag import BundleDagBag
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        bag = BundleDagBag(ROOT / "dags", bundle_path=ROOT / "dags", bundle_name="dags-folder")
+    assert bag.import_errors == {}
+    assert [warning for warning in caught if "orders" in warning.filename or "batch_load" in warning.filename] == []
+    assert list(bag.dags) == ["orders"]
+    return bag.dags["orders"]
+
+
+@pytest.fixture
+def dag(parsed: Any, warehouse: Warehouse, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setenv("AIRFLOW_CONN_DE_DW", airflow_connection(warehouse.url))
+    return parsed
+
+
+def states(run: Any) -> dict[str, tuple[str, int]]:
+    """State and number of tries of each task."""
+    return {task.task_id: (task.state, task.try_number) for task in run.get_task_instances()}
+
+
+def counts(warehouse: Warehouse) -> tuple[Any, ...]:
+    ((*figures,),) = warehouse.rows("""
+        SELECT
+            (SELECT count(*) FROM raw.orders),
+            (SELECT count(DISTINCT updated_at) FROM raw.orders),
+            (SELECT count(DISTINCT order_id) FROM raw.orders),
+            (SELECT count(*) FROM stg.orders_latest),
+            (SELECT count(*) FROM stg.orders_latest WHERE updated_at = (SELECT max(updated_at) FROM raw.orders))
+    """)
+    return tuple(figures)
+
+
+def test_flow_is_generate_load_refresh(parsed: Any) -> None:
+    assert {task.task_id: sorted(task.downstream_task_ids) for task in parsed.tasks} == {
+        "generate_batch": ["load_raw"],
+        "load_raw": ["refresh_latest"],
+        "refresh_latest": [],
+    }
+    assert {task.task_id: [asset.name for asset in task.outlets] for task in parsed.tasks} == {
+        "generate_batch": [],
+        "load_raw": ["raw.orders"],
+        "refresh_latest": ["stg.orders_latest"],
+    }
+    assert parsed.max_active_runs == 1
+    assert not parsed.catchup
+    assert all(task.retries == 3 and task.retry_exponential_backoff for task in parsed.tasks)
+    assert "If it fails" in parsed.doc_md
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "fits"),
+    [
+        ("rows", 1, True),
+        ("rows", 50_000_000, True),
+        ("rows", 0, False),
+        ("rows", 50_000_001, False),
+        ("rows", "many", False),
+        ("rows", None, False),
+        ("seed", 0, True),
+        ("seed", -1, False),
+    ],
+)
+def test_params_have_limits(parsed: Any, name: str, value: object, fits: bool) -> None:
+    from airflow.sdk.exceptions import ParamValidationError
+
+    param = parsed.params.get_param(name)
+
+    if fits:
+        assert param.resolve(value) == value
+    else:
+        with pytest.raises(ParamValidationError):
+            param.resolve(value)
+    assert param.description
+
+
+def test_three_runs_give_300_rows_and_the_latest_100(dag: Any, warehouse: Warehouse) -> None:
+    for hour in range(3):
+        run = dag.test(logical_date=RUN + timedelta(hours=hour), run_after=RUN + timedelta(hours=hour))
+        assert run.state == "success"
+
+    assert counts(warehouse) == (300, 3, 100, 100, 100)
+    assert warehouse.rows("SELECT rows, batch_updated_at FROM raw.loads ORDER BY load_id") == [
+        (100, RUN + timedelta(hours=hour)) for hour in range(3)
+    ]
+
+
+def test_run_that_is_repeated_makes_the_same_bytes_and_loads_nothing_new(dag: Any, warehouse: Warehouse) -> None:
+    for _ in range(2):
+        run = dag.test(logical_date=RUN, run_after=RUN, run_conf={"rows": 10})
+        assert run.state == "success"
+
+    assert counts(warehouse) == (10, 1, 10, 10, 10)
+    assert len(warehouse.rows("SELECT * FROM raw.loads")) == 1
+
+
+def test_older_batch_that_comes_late_does_not_replace_newer_rows(dag: Any, warehouse: Warehouse) -> None:
+    for day in (2, 1):
+        moment = RUN + timedelta(days=day)
+        assert dag.test(logical_date=moment, run_after=moment, run_conf={"rows": 10}).state == "success"
+
+    assert counts(warehouse) == (20, 2, 10, 10, 10)
+
+
+def test_assets_carry_the_row_counts(dag: Any, warehouse: Warehouse) -> None:
+    from airflow.models.asset import AssetEvent
+    from airflow.utils.session import create_session
+    from sqlalchemy import select
+
+    run = dag.test(logical_date=RUN, run_after=RUN, run_conf={"rows": 7})
+
+    with create_session() as session:
+        events = session.scalars(select(AssetEvent).where(AssetEvent.source_run_id == run.run_id)).all()
+        extras = {event.asset.name: event.extra["rows"] for event in events[-2:]}
+    assert extras == {"raw.orders": 7, "stg.orders_latest": 7}
+    (refresh,) = [task for task in run.get_task_instances() if task.task_id == "refresh_latest"]
+    assert refresh.xcom_pull(task_ids="refresh_latest") == 7
+
+
+def test_bad_batch_fails_at_once_and_changes_nothing(dag: Any, warehouse: Warehouse) -> None:
+    assert dag.test(logical_date=RUN, run_after=RUN, run_conf={"rows": 5}).state == "success"
+    with warehouse.connect("") as conn:
+        conn.execute("ALTER TABLE raw.orders ADD CONSTRAINT order_id_is_small CHECK (order_id < 6)")
+    later = RUN + timedelta(days=1)
+
+    run = dag.test(logical_date=later, run_after=later, run_conf={"rows": 10})
+
+    assert run.state == "failed"
+    assert states(run)["load_raw"] == ("failed", 1), "a file that is bad stays bad: no retry"
+    assert states(run)["refresh_latest"][0] == "upstream_failed"
+    assert counts(warehouse) == (5, 1, 5, 5, 5)
+
+
+def test_importing_the_dag_opens_no_connection_and_no_file_of_ours(tmp_path: Path) -> None:
+    blocked = (
+        "import socket\n"
+        "def refuse(*_): raise AssertionError('no connection at import')\n"
+        "socket.socket.connect = refuse\n"
+        "import orders\n"
+    )
+
+    subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", blocked],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT / "dags"), "AIRFLOW_HOME": str(tmp_path), "AIRFLOW_CONN_DE_DW": "{}"},
+        check=True,
+    )
+
+    assert not (tmp_path / "data").exists()

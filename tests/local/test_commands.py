@@ -1,0 +1,224 @@
+"""make demo, make up and make down as a new user has them: in a clone, in a path with a space."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+
+from tests.conftest import ROOT, DatabaseServer, wait_until
+
+TABLE = """\
+  raw.orders         rows                            300
+                     distinct updated_at               3
+                     distinct order_id               100
+  stg.orders_latest  rows                            100
+                     distinct order_id               100
+                     rows from the latest batch      100
+"""
+INTERFERES = re.compile("WAREHOUSE_|AIRFLOW|VIRTUAL_ENV|PYTHON|LOCAL_STATE|MAKE|PORT$")
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What is in this working tree, without what git ignores."""
+    target = tmp_path_factory.mktemp("clone") / "a warehouse"
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    for name in listed.stdout.split("\0")[:-1]:
+        if (ROOT / name).exists():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, target / name)
+    return target
+
+
+def environment(**more: str) -> dict[str, str]:
+    """A user's environment, with nothing of ours in it, and the C locale."""
+    return {name: value for name, value in os.environ.items() if not INTERFERES.match(name)} | {"LC_ALL": "C"} | more
+
+
+def make(clone: Path, target: str, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["make", target], cwd=clone, env=environment(**env), capture_output=True, text=True)
+
+
+def processes(clone: Path) -> list[str]:
+    """Command lines of what runs from the clone."""
+    listed = subprocess.run(["ps", "-eo", "args"], check=True, capture_output=True, text=True).stdout
+    return [line for line in listed.splitlines() if str(clone) in line]
+
+
+def test_help_is_the_default(clone: Path) -> None:
+    done = subprocess.run(["make"], cwd=clone, env=environment(), capture_output=True, text=True, check=True)
+
+    assert "make demo" in done.stdout
+
+
+def test_demo_prints_the_counts_each_time(clone: Path) -> None:
+    first, second = make(clone, "demo"), make(clone, "demo")
+
+    assert first.returncode == 0, first.stdout + first.stderr
+    assert first.stdout.endswith("\n" + TABLE), first.stdout
+    assert second.returncode == 0, second.stdout + second.stderr
+    assert TABLE in second.stdout
+    assert "600 rows in all" in second.stdout
+    assert processes(clone) == []
+    ignored = subprocess.run(["ls", "-A"], cwd=clone, capture_output=True, text=True, check=True).stdout.split()
+    assert {name for name in ignored if not (ROOT / name).exists()} <= {".run", ".venv", "data"}
+
+
+def test_demo_that_fails_says_why_and_exits_with_an_error(clone: Path) -> None:
+    broken = clone / "sql" / "transforms" / "stg.orders_latest.sql"
+    text = broken.read_text()
+    broken.write_text(text.replace("updated_at DESC", "updated_up DESC"))
+
+    done = make(clone, "demo")
+
+    broken.write_text(text)
+    assert done.returncode != 0
+    assert 'column "updated_up" does not exist' in done.stdout
+    assert "The full log: " in done.stdout
+    assert "Traceback" not in done.stdout + done.stderr
+    assert processes(clone) == []
+
+
+def test_demo_runs_on_another_server(clone: Path, server: DatabaseServer) -> None:
+    url = server.make()
+
+    done = make(clone, "demo", WAREHOUSE_URL=url)
+
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.endswith("\n" + TABLE)
+    with psycopg.connect(url) as conn:
+        assert conn.execute("SELECT count(*) FROM raw.orders").fetchall() == [(300,)]
+    server.drop(url)
+
+
+@pytest.mark.parametrize("server", ["embedded"], indirect=True)
+def test_demo_with_a_wrong_url_says_so(clone: Path, server: DatabaseServer) -> None:
+    done = make(clone, "demo", WAREHOUSE_URL="postgresql://nobody:s3cret@127.0.0.1:1/de_dw")
+
+    assert done.returncode != 0
+    assert "connection" in done.stdout
+    assert "127.0.0.1" in done.stdout
+    assert "s3cret" not in done.stdout + done.stderr
+    assert "s3cret" not in (clone / ".run" / "logs" / "demo.log").read_text()
+
+
+class Up:
+    """make up in a clone, and its API."""
+
+    def __init__(self, clone: Path, port: int) -> None:
+        self.clone = clone
+        self.base = f"http://127.0.0.1:{port}"
+        self.output = clone.parent / "up.txt"
+        with self.output.open("w") as file:
+            self.process = subprocess.Popen(
+                ["make", "up"],
+                cwd=clone,
+                env=environment(PORT=str(port)),
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=file,
+                start_new_session=True,
+            )
+        wait_until(lambda: "Ctrl-C stops it" in self.output.read_text() or self.process.poll() is not None, 120)
+        assert self.process.poll() is None, self.output.read_text()
+        (password,) = re.findall(r"password (\S+)", self.output.read_text())
+        self.token = ""
+        self.token = self.call("POST", "/auth/token", {"username": "admin", "password": password})["access_token"]
+
+    def call(self, method: str, path: str, body: Any = None) -> Any:
+        request = urllib.request.Request(  # noqa: S310
+            self.base + path,
+            method=method,
+            data=None if body is None else json.dumps(body).encode(),
+            headers={"Content-Type": "application/json"}
+            | ({"Authorization": f"Bearer {self.token}"} if self.token else {}),
+        )
+        with urllib.request.urlopen(request, timeout=30) as answer:  # noqa: S310
+            return json.load(answer)
+
+    def finish(self, run_id: str) -> str:
+        path = f"/api/v2/dags/orders/dagRuns/{run_id}"
+        wait_until(lambda: self.call("GET", path)["state"] in ("success", "failed"), 120)
+        return str(self.call("GET", path)["state"])
+
+    def stop(self, number: int) -> None:
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, number)
+        self.process.wait(timeout=90)
+
+
+def a_free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture
+def up(clone: Path) -> Iterator[Up]:
+    running = Up(clone, a_free_port())
+    yield running
+    running.stop(signal.SIGTERM)
+
+
+def test_up_serves_the_ui_runs_what_is_triggered_and_stops_whole(clone: Path, up: Up) -> None:
+    token, up.token = up.token, ""
+    with pytest.raises(urllib.error.HTTPError, match="401"):
+        up.call("GET", "/api/v2/dags")
+    up.token = token
+    listening = subprocess.run(["ss", "-Hltn"], capture_output=True, text=True, check=True).stdout
+    port = up.base.rpartition(":")[2]
+    assert [line.split()[3] for line in listening.splitlines() if f":{port} " in line] == [f"127.0.0.1:{port}"]
+
+    up.call("POST", "/api/v2/dags/orders/dagRuns", {"logical_date": None, "dag_run_id": "one", "conf": {"rows": 50}})
+    assert up.finish("one") == "success"
+    tasks = up.call("GET", "/api/v2/dags/orders/dagRuns/one/taskInstances")["task_instances"]
+    assert {task["task_id"]: (task["state"], task["try_number"]) for task in tasks} == {
+        "generate_batch": ("success", 1),
+        "load_raw": ("success", 1),
+        "refresh_latest": ("success", 1),
+    }
+
+    # a run that is cleared makes the same bytes, and they are not loaded again
+    up.call(
+        "POST", "/api/v2/dags/orders/clearTaskInstances", {"dag_run_id": "one", "dry_run": False, "only_failed": False}
+    )
+    wait_until(lambda: up.call("GET", "/api/v2/dags/orders/dagRuns/one")["state"] in ("queued", "running"), 30)
+    assert up.finish("one") == "success"
+    loaded = up.call("GET", "/api/v2/dags/orders/dagRuns/one/taskInstances/load_raw/xcomEntries/return_value")["value"]
+    assert "'is_new': False" in str(loaded) or '"is_new": false' in str(loaded)
+
+    refused = make(clone, "demo")
+    assert refused.returncode != 0
+    assert "make up is running here" in refused.stdout + refused.stderr
+
+    down = make(clone, "down")
+    assert down.returncode == 0, down.stderr
+    assert up.process.wait(timeout=30) == 0
+    assert processes(clone) == []
+    left = {path.name for path in (clone / ".run").rglob("*") if path.suffix in (".pid", ".lock") or path.is_socket()}
+    assert left == set()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_up_that_is_interrupted_leaves_no_process(clone: Path, up: Up, number: int) -> None:
+    up.stop(number)
+
+    wait_until(lambda: processes(clone) == [], 60)
+    assert not (clone / ".run" / "postgres" / "data" / "postmaster.pid").exists()
