@@ -1,7 +1,7 @@
 """### Land one batch of orders, publish the latest row of each
 
-    generator ──> data/raw/orders-<run>.csv ──COPY FROM STDIN──> raw.orders ──DISTINCT ON──> stg.orders_latest
-     generate_batch                             load_raw                    refresh_latest
+`generate_batch` ──> data/raw/orders-RUN.csv ──> `load_raw` (COPY FROM STDIN) ──> **raw.orders** ──>
+`refresh_latest` (DISTINCT ON) ──> **stg.orders_latest**
 
 | task | does | may run again, because |
 |---|---|---|
@@ -17,7 +17,7 @@ Nothing is half-done. Mend the cause and clear the task; a lost connection or a 
 import os
 import sys
 from dataclasses import asdict
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -33,6 +33,11 @@ sys.path.append(str(ROOT))  # generator/ is beside dags/
 
 RAW = Asset("raw.orders", group="warehouse")
 LATEST = Asset("stg.orders_latest", group="warehouse")
+
+
+def batch_time(dag_run: Any) -> datetime:
+    """The instant that a run stands for, however often it is repeated; a run may have no logical date."""
+    return dag_run.logical_date or dag_run.run_after  # type: ignore[no-any-return]
 
 
 def row_count(cursor: Any) -> Any:
@@ -88,7 +93,7 @@ def orders() -> None:
         from generator.orders import generate_orders  # NumPy and Faker: not for every parse of this file
 
         path = DATA / "raw" / f"orders-{quote(dag_run.run_id, safe=':+')}.csv"
-        generate_orders(path, rows=params["rows"], seed=params["seed"], updated_at=dag_run.run_after)
+        generate_orders(path, rows=params["rows"], seed=params["seed"], updated_at=batch_time(dag_run))
         return str(path)
 
     # A bad file stays bad: only what may pass by itself is tried again.
@@ -100,7 +105,7 @@ def orders() -> None:
                 table="raw.orders",
                 batch_id=dag_run.run_id,
                 path=Path(path),
-                updated_at=dag_run.run_after,
+                updated_at=batch_time(dag_run),
             )
         outlet_events[RAW].extra = asdict(load)
         return asdict(load)

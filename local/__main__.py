@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
+import psutil
 import psycopg
 from psycopg import sql
 
@@ -28,8 +29,9 @@ LOGS = RUN / "logs"
 DEFAULT_PORT = 8080
 # Airflow's first start compiles its modules, which takes a slow machine a while.
 HEALTHY_SECONDS = 180.0
-# Longer than a task needs to write down that it was stopped.
-CHILD_STOP_SECONDS = 60.0
+# How long Airflow's processes have to stop by themselves. The scheduler waits for running tasks, which may take hours;
+# told a second time it does not, and a load that is ended is rolled back.
+CHILD_STOP_SECONDS = 10.0
 
 
 @contextmanager
@@ -219,16 +221,21 @@ def wait_until_healthy(children: dict[str, subprocess.Popen[bytes]], port: int) 
 
 
 def stop_children(children: dict[str, subprocess.Popen[bytes]]) -> None:
+    """Stop Airflow's processes and what they started: asked twice, then not asked."""
+    family: list[psutil.Process] = []
     for child in children.values():
-        child.terminate()
-    give_up = time.monotonic() + CHILD_STOP_SECONDS
-    for child in children.values():
-        try:
-            child.wait(max(give_up - time.monotonic(), 0.1))
-        except subprocess.TimeoutExpired:
-            with suppress(ProcessLookupError):
-                os.killpg(child.pid, signal.SIGKILL)
-            child.wait()
+        with suppress(psutil.NoSuchProcess):
+            family += psutil.Process(child.pid).children(recursive=True)
+    for _ in range(2):
+        for child in children.values():
+            child.terminate()
+        give_up = time.monotonic() + CHILD_STOP_SECONDS
+        while any(child.poll() is None for child in children.values()) and time.monotonic() < give_up:
+            time.sleep(0.05)
+    for process in [*children.values(), *psutil.wait_procs(family, timeout=0)[1]]:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+        process.wait()
 
 
 def down() -> None:
@@ -236,7 +243,7 @@ def down() -> None:
     if not RUN.exists():
         print("nothing is running")
         return
-    give_up = time.monotonic() + 2 * CHILD_STOP_SECONDS
+    give_up = time.monotonic() + 120  # seconds; up itself needs less
     told = 0
     while True:
         try:
