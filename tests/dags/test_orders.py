@@ -19,16 +19,19 @@ from tests.conftest import FAST, ROOT, Warehouse
 RUN = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def airflow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Airflow with a metadata database of its own, in this process."""
     home = tmp_path_factory.mktemp("airflow")
     with pytest.MonkeyPatch.context() as patch, Server(home / "postgres", settings=FAST) as server:
         with psycopg.connect(server.url("postgres"), autocommit=True) as conn:
             conn.execute("CREATE DATABASE airflow")
-        patch.setattr("local.settings.RUN", home)
-        for name, value in environment("postgresql://", metadata_url(server.socket_dir), 8080).items():
-            patch.setenv(name, value)
+        with pytest.MonkeyPatch.context() as state:
+            state.setattr("local.settings.RUN", home)
+            variables = environment("postgresql://", metadata_url(server.socket_dir), 8080)
+        for name, value in variables.items():
+            if name != "WAREHOUSE_URL":
+                patch.setenv(name, value)
         patch.setenv("WAREHOUSE_DATA", str(home / "data"))
         from airflow.settings import dispose_orm
         from airflow.utils.db import initdb
