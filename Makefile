@@ -6,6 +6,7 @@ ROWS ?= 10000000
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
+.NOTPARALLEL:
 .PHONY: help demo up down test lint format bench lock clean
 
 help: ## this list
@@ -17,8 +18,8 @@ demo: .venv/local.ok ## from nothing to a warehouse: embedded PostgreSQL, migrat
 up: .venv/local.ok ## the Airflow UI on the embedded PostgreSQL, until Ctrl-C
 	@.venv/bin/python -m local up
 
-down: .venv/local.ok ## stop what make up or make demo runs elsewhere
-	@.venv/bin/python -m local down
+down: ## stop what make up or make demo runs elsewhere
+	@[ ! -e .venv/local.ok ] || .venv/bin/python -m local down
 
 test: .venv/dev.ok ## all tests, on PostgreSQL 15 if it is installed and on the embedded one
 	@.venv/bin/python -m pytest
@@ -47,6 +48,6 @@ lock: .venv/dev.ok ## compile the requirements files anew from pyproject.toml
 clean: down ## remove the environment, the embedded warehouse with its rows, and the batch files
 	@rm -rf .venv .run data
 
-.venv/%.ok: requirements-%.txt requirements-uv.txt
+.venv/%.ok: requirements-%.txt requirements-uv.txt local/venv.sh
 	@PYTHON="$(PYTHON)" local/venv.sh $<
-	@touch $@
+	@touch .venv/local.ok $@

@@ -6,6 +6,7 @@ from logging.config import fileConfig
 from typing import TYPE_CHECKING
 
 import psycopg
+from alembic.command import downgrade as downgrade_command
 from alembic.command import revision as revision_command
 from alembic.script import ScriptDirectory
 from alembic.util import CommandError
@@ -36,15 +37,21 @@ SETTINGS = {
 
 def number(context_: "MigrationContext", revision: object, directives: list["MigrationScript"]) -> None:
     """Give a new revision the next number instead of a random name, unless --rev-id named it."""
-    head = ScriptDirectory.from_config(context.config).get_current_head()
+    scripts = ScriptDirectory.from_config(context.config).walk_revisions()
+    last = max((int(script.revision) for script in scripts if script.revision.isdecimal()), default=0)
     if context.config.cmd_opts is None or context.config.cmd_opts.rev_id is None:
-        directives[0].rev_id = f"{int(head or 0) + 1:04}"
+        directives[0].rev_id = f"{last + 1:04}"
+
+
+def one_transaction_each() -> bool:
+    """False for a downgrade: it is one transaction as a whole, so that a refusal in its middle undoes all of it."""
+    return context.config.cmd_opts is None or context.config.cmd_opts.cmd[0] is not downgrade_command
 
 
 def take_turn(connection: Connection) -> None:
     """Wait until no other upgrade of this database runs: two at once would both create what is missing.
 
-    :raises psycopg.errors.LockNotAvailable: another upgrade took longer than TURN_TIMEOUT.
+    :raises sqlalchemy.exc.OperationalError: another upgrade took longer than TURN_TIMEOUT.
     """
     got_it = connection.exec_driver_sql(f"SELECT pg_try_advisory_lock({TURN})").scalar_one()
     if not got_it:
@@ -72,14 +79,14 @@ def run_online() -> None:
         for name, value in SETTINGS.items():
             connection.exec_driver_sql("SELECT set_config(%s, %s, false)", (name, value))
         connection.commit()
-        context.configure(connection=connection, transaction_per_migration=True)
+        context.configure(connection=connection, transaction_per_migration=one_transaction_each())
         with context.begin_transaction():
             context.run_migrations()
 
 
 def run_offline() -> None:
-    """Print the migrations as SQL for `psql --single-transaction=off -v ON_ERROR_STOP=1`."""
-    context.configure(dialect_name="postgresql", transaction_per_migration=True)
+    """Print the migrations as SQL, for `psql -v ON_ERROR_STOP=1`."""
+    context.configure(dialect_name="postgresql", transaction_per_migration=one_transaction_each())
     for name, value in SETTINGS.items():
         context.get_context().impl.static_output(f"SET {name} = '{value.replace(chr(39), chr(39) * 2)}';")
     with context.begin_transaction():

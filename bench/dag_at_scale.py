@@ -21,6 +21,8 @@ def main() -> int:
     arguments = parser.parse_args()
 
     shutil.rmtree(STATE, ignore_errors=True)
+    for name in ("WAREHOUSE_URL", "AIRFLOW_CONN_DE_DW", "AIRFLOW__DATABASE__SQL_ALCHEMY_CONN"):
+        os.environ.pop(name, None)  # raw rows can't be taken back, so never into somebody's warehouse
     os.environ |= {"LOCAL_STATE": str(STATE), "WAREHOUSE_DATA": str(STATE / "data")}
     from local.__main__ import DEFAULT_PORT, migrate_warehouse, open_databases
     from local.console import Console

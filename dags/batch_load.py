@@ -22,6 +22,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from psycopg import Connection, Cursor, DataError, IntegrityError, Rollback, errors, sql
 from psycopg.pq import TransactionStatus
 from psycopg.rows import tuple_row
@@ -42,6 +43,9 @@ SETTINGS = {"TimeZone": "UTC", "DateStyle": "ISO, YMD", "lock_timeout": LOCK_TIM
 OWN_COLUMNS = ("row_id", "load_id")
 
 NEWLINE = b"\n"
+QUOTE = ord('"')
+# By byte: may it stand before the quote that begins a field and after the one that ends it? A doubled quote may.
+BESIDE_A_QUOTE = np.isin(np.arange(256), list(b',\r\n"'))
 BOM = b"\xef\xbb\xbf"
 # How files begin that get delivered under the name .csv without being one.
 NOT_CSV = {
@@ -109,7 +113,7 @@ def load_batch(
     """COPY a CSV file into a table and record it in raw.loads, in the caller's transaction.
 
     :param conn: in a READ COMMITTED transaction, or about to begin one. The caller commits.
-    :param table: with its schema, such as "raw.orders". Its columns, but for row_id and load_id, are those that the
+    :param table: such as "raw.orders". Its columns, but for row_id and load_id, are those that the
         file's header must name, in any order.
     :param batch_id: the batch's name. The same name with the same bytes is a success that loads nothing.
     :param path: a UTF-8 CSV file with a header line. Only read, in blocks of 256 KiB.
@@ -129,6 +133,7 @@ def load_batch(
         header = _read_header(file, path)
         for name, value in SETTINGS.items():
             cur.execute("SELECT set_config(%s, %s, true)", (name, value))
+        table = _full_name(cur, table)
         _take_turn(cur, table, batch_id)
         _check_header(cur, table, header, path)
 
@@ -158,8 +163,10 @@ def _open(path: Path) -> FileIO:
     try:
         # O_NONBLOCK: opening a FIFO would wait for its writer, for ever.
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    except OSError as error:
-        raise BatchError(f"{path}: {error.strerror}. Has the file been moved, or not been delivered yet?") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise BatchError(
+            f"{path!s}: {getattr(error, 'strerror', error)}. Has the file been moved, or not been delivered yet?"
+        ) from None
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
         raise BatchError(f"{path}: not a regular file")
@@ -186,6 +193,17 @@ def _read_header(file: FileIO, path: Path) -> list[str]:
         return next(csv.reader(io.StringIO(text, newline=""), strict=True))
     except csv.Error as error:
         raise BatchError(f"{path}, line 1: the header can't be read: {error}") from None
+
+
+def _full_name(cur: Cursor[Any], table: str) -> str:
+    """The one name of a table that the ledger knows, however the caller spelled it."""
+    cur.execute(
+        "SELECT n.nspname || '.' || c.relname FROM pg_class AS c INNER JOIN pg_namespace AS n ON c.relnamespace = n.oid"
+        " WHERE c.oid = %s::text::regclass",
+        (table,),
+    )
+    ((name,),) = cur.fetchall()
+    return str(name)
 
 
 def _take_turn(cur: Cursor[Any], table: str, batch_id: str) -> None:
@@ -279,18 +297,28 @@ def _copy(
         except (DataError, IntegrityError) as error:
             raise BatchError(_explain(error, path)) from None
         rows = cur.rowcount
+        cur.execute("SELECT set_config('de_dw.load_id', '', true)")  # what the caller inserts is not of this load
         _check_unchanged(file, path, before)
         cur.execute(
             "INSERT INTO raw.loads (load_id, table_name, batch_id, source, sha256, bytes, rows, batch_updated_at)"
             " VALUES (%s, %s, %s, %s, %s, %s, %s, %s) ON CONFLICT DO NOTHING",
-            (load_id, table, batch_id, str(path), digest, before.st_size, rows, updated_at),
+            (
+                load_id,
+                table,
+                batch_id,
+                os.fsencode(path).decode(errors="backslashreplace"),
+                digest,
+                before.st_size,
+                rows,
+                updated_at,
+            ),
         )
         if cur.rowcount == 0:
             raise Rollback  # another loader has committed the same bytes meanwhile: take our rows out again
         found = (load_id, batch_id, rows, before.st_size, digest)
     found = found or _find(cur, table, sha256=digest)
-    if not found:  # only a caller under REPEATABLE READ can't see it
-        raise errors.SerializationFailure(f"{table} got the same bytes, or batch {batch_id}, meanwhile: call again")
+    if not found:  # a caller under REPEATABLE READ can't see it; nor is it there if somebody took our load_id by hand
+        raise errors.SerializationFailure(f"raw.loads has got a row of batch {batch_id}, or load {load_id}: call again")
     return found
 
 
@@ -303,6 +331,14 @@ def _stream(cur: Cursor[Any], statement: sql.Composed, file: FileIO, path: Path,
     with cur.copy(statement) as copy:
         while block := file.read(BLOCK_BYTES):
             digest.update(block)
+            skip = len(BOM) if sent == 0 and block.startswith(BOM) else 0
+            stray = _find_stray_quote((NEWLINE if skip else tail[-1:]) + block[skip:], quotes)
+            if stray is not None:
+                raise BatchError(
+                    f"{path}, line {lines + block.count(NEWLINE, 0, stray + skip) + 1}: a quote inside a field, where "
+                    f"PostgreSQL would drop it or read on to the next one. Nothing was loaded. A field with a quote is "
+                    f'quoted, and the quote doubled: "24"" screen".'
+                )
             window = tail + block
             for match in END_OF_DATA.finditer(window) if b"\\." in window else ():
                 position = max(match.start() + 1 - len(tail), 0)
@@ -331,6 +367,28 @@ def _stream(cur: Cursor[Any], statement: sql.Composed, file: FileIO, path: Path,
                     sent / 1e6 / (now - started),
                 )
     return digest.hexdigest()
+
+
+def _find_stray_quote(window: bytes, quotes: int) -> int | None:
+    """Where a quote stands that neither begins nor ends a field nor is doubled: its offset in the block, or None.
+
+    PostgreSQL begins and ends quoting anywhere in a field: a stray pair vanishes, and what is between two strays, line
+    ends included, becomes one field.
+
+    :param window: the last byte of the block before, then the block.
+    :param quotes: number of quotes before the block; after an even number the next one begins a field.
+    """
+    text = np.frombuffer(window, np.uint8)
+    places = np.flatnonzero(text[1:] == QUOTE) + 1
+    begins = (quotes + np.arange(len(places))) % 2 == 0
+    # The first byte of this block is after the last of the one before: a quote that ended there is looked at now.
+    ended_before = window[:1] == b'"' and quotes % 2 == 0
+    if ended_before and not BESIDE_A_QUOTE[text[1]]:
+        return 0
+    after = text[np.minimum(places + 1, len(text) - 1)]
+    fits = np.where(begins, BESIDE_A_QUOTE[text[places - 1]], BESIDE_A_QUOTE[after] | (places + 1 == len(text)))
+    strays = places[~fits]
+    return int(strays[0]) - 1 if len(strays) else None
 
 
 def _explain(error: DataError | IntegrityError, path: Path) -> str:

@@ -4,12 +4,14 @@ import argparse
 import fcntl
 import json
 import os
+import shlex
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+import traceback
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -19,9 +21,10 @@ from pathlib import Path
 import psutil
 import psycopg
 from psycopg import sql
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from local.console import Console, Failure
-from local.postgres import Server, ServerError
+from local.postgres import Server, ServerError, embedded_binaries
 from local.settings import ADMIN, ROOT, RUN, admin_password, environment, metadata_url
 
 HOLDER = RUN / "holder.json"
@@ -31,7 +34,7 @@ DEFAULT_PORT = 8080
 HEALTHY_SECONDS = 180.0
 # How long Airflow's processes have to stop by themselves. The scheduler waits for running tasks, which may take hours;
 # told a second time it does not, and a load that is ended is rolled back.
-CHILD_STOP_SECONDS = 10.0
+CHILD_STOP_SECONDS = 5.0
 
 
 @contextmanager
@@ -40,7 +43,7 @@ def only_one(command: str) -> Iterator[None]:
 
     :raises Failure: another process holds it.
     """
-    RUN.mkdir(exist_ok=True)
+    RUN.mkdir(parents=True, exist_ok=True)
     fd = os.open(RUN, os.O_RDONLY | os.O_CLOEXEC)
     try:
         try:
@@ -144,8 +147,8 @@ def up(console: Console, stack: ExitStack, port: int | None) -> None:
     console.say()
     console.say(f"  UI        http://127.0.0.1:{port}   user {ADMIN}, password {password}")
     console.say(f"  psql      {psql_line(env)}")
-    console.say(f"  Alembic   WAREHOUSE_URL='{mask(env['WAREHOUSE_URL'])}' .venv/bin/alembic current")
-    console.say(f"  logs      {LOGS.relative_to(ROOT)}/")
+    console.say(f"  Alembic   WAREHOUSE_URL={mask(env['WAREHOUSE_URL'])} .venv/bin/alembic current")
+    console.say(f"  logs      {LOGS}")
     console.say()
     console.say("Ctrl-C stops it; nothing is lost.")
     while True:
@@ -156,18 +159,15 @@ def up(console: Console, stack: ExitStack, port: int | None) -> None:
 
 
 def psql_line(env: dict[str, str]) -> str:
-    from local.postgres import embedded_binaries
-
     psql = shutil.which("psql") or str(embedded_binaries() / "psql")
-    quoted = psql if " " not in psql else f"'{psql}'"
-    return f"{quoted} '{mask(env['WAREHOUSE_URL'])}'"
+    return f"{shlex.quote(psql)} {mask(env['WAREHOUSE_URL'])}"
 
 
 def mask(url: str) -> str:
-    """The URL without its password: psql asks for it."""
-    scheme, separator, rest = url.partition("://")
-    login, at, host = rest.rpartition("@") if "@" in rest.split("/")[0] else ("", "", rest)
-    return scheme + separator + login.split(":")[0] + at + host
+    """The URL or connection string, for a shell, without its password: psql asks for it."""
+    parts = conninfo_to_dict(url)
+    secret = [name for name in ("password", "sslpassword") if parts.pop(name, None)]
+    return shlex.quote(make_conninfo(**parts) if secret else url)  # type: ignore[arg-type]
 
 
 def free_port(wanted: int | None) -> int:
@@ -255,8 +255,10 @@ def down() -> None:
                 return
         except Failure:
             pid = int(str(holder().get("pid", 0)))
-            if pid and pid != told:
-                os.kill(pid, signal.SIGTERM)
+            if pid and pid != told and holder().get("command") != "down":
+                print(f"stopping make {holder().get('command')} (pid {pid}) ...", flush=True)
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGTERM)
                 told = pid
             if time.monotonic() > give_up:
                 raise Failure(f"pid {pid} did not stop") from None
@@ -278,7 +280,7 @@ def main() -> int:
     if arguments.command == "down":
         try:
             down()
-        except Failure as failure:
+        except (Failure, ServerError, OSError) as failure:
             print(failure, file=sys.stderr)
             return 1
         return 0
@@ -305,9 +307,12 @@ def main() -> int:
         if console is not None:
             console.say("stopped")
         return 0 if arguments.command == "up" else 130
-    except (Failure, ServerError, psycopg.Error) as failure:
+    except Exception as error:
         out = console.out if console is not None else sys.stderr
-        print(f"\n{failure}", file=out)
+        expected = isinstance(error, (Failure, ServerError, psycopg.Error))
+        if not expected:
+            traceback.print_exc()  # to the log
+        print(f"\n{'' if expected else type(error).__name__ + ': '}{error}", file=out)
         if console is not None:
             print(f"\nThe full log: {console.log}", file=out)
         return 1

@@ -3,6 +3,7 @@
 import gc
 import os
 import re
+import signal
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,10 @@ def run_demo(console: Console, env: dict[str, str]) -> None:
     :raises Failure: a run failed, or the figures are not what they must be.
     """
     dag = load_dag(console, env)
+    from airflow.settings import dispose_orm
+
     batch_ids = [run_dag(console, dag, f"run {number} of DAG orders", {}).run_id for number in range(1, RUNS + 1)]
+    dispose_orm()  # before its database stops
     with psycopg.connect(env["WAREHOUSE_URL"]) as conn:
         figures = conn.execute(COUNTS, {"batch_ids": batch_ids}).fetchall()
         (in_all,) = conn.execute("SELECT count(*) FROM raw.orders").fetchone() or (0,)
@@ -110,6 +114,8 @@ def run_dag(console: Console, dag: Any, step: str, conf: dict[str, int]) -> Any:
     """
     with console.step(step):
         run = dag.test(logical_date=None, run_conf=conf)
+        if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+            raise KeyboardInterrupt  # it came while a task ran, and Airflow took it for the task's failure
         if run.state != "success":
             failed = [ti.task_id for ti in run.get_task_instances() if ti.state == "failed"]
             raise Failure(f"task {', '.join(failed)} failed: {cause(console.log)}")

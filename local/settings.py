@@ -36,7 +36,7 @@ def metadata_url(socket_dir: Path) -> str:
 
 
 def environment(warehouse_url: str, metadata: str, port: int) -> dict[str, str]:
-    """What Airflow is told by environment variables; a variable that is set already is left as it is.
+    """What Airflow is told by environment variables; one that is set already is left as it is, but for the connection.
 
     :param warehouse_url: for Alembic, as the owner, and for the connection de_dw.
     :param metadata: SQLAlchemy URL of Airflow's own database.
@@ -71,7 +71,9 @@ def environment(warehouse_url: str, metadata: str, port: int) -> dict[str, str]:
         "AIRFLOW__DAG_PROCESSOR__MIN_FILE_PROCESS_INTERVAL": "5",
         "AIRFLOW__USAGE_DATA_COLLECTION__ENABLED": "False",
     }
-    return {name: os.environ.get(name, value) for name, value in ours.items()}
+    theirs = {name: os.environ.get(name) or value for name, value in ours.items()}
+    # One warehouse for Alembic and Airflow, whatever else is set.
+    return theirs | {name: ours[name] for name in ("WAREHOUSE_URL", "AIRFLOW_CONN_DE_DW")}
 
 
 def admin_password() -> str:

@@ -2,7 +2,8 @@
 # Makes .venv, if it is not there, and installs the pinned packages of one requirements file in it.
 set -eu
 start=$(date +%s)
-if ! .venv/bin/python -c '' 2>/dev/null; then
+# Neither interpreter nor stamp counts when the making of the environment was interrupted.
+if ! .venv/bin/python -c '' 2>/dev/null || [ ! -e .venv/made ]; then
     "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
         echo "Python 3.11 or newer is needed, and '$PYTHON' is not: make PYTHON=/path/to/python3.12 ..." >&2
         exit 1
@@ -18,6 +19,7 @@ if ! .venv/bin/python -c '' 2>/dev/null; then
         }
     fi
 fi
+touch .venv/made
 if command -v uv >/dev/null; then
     uv=uv
 else

@@ -101,7 +101,10 @@ FOR EACH STATEMENT EXECUTE FUNCTION raw.refuse_change();
 -- ALWAYS: session_replication_role = replica would switch an ordinary trigger off.
 ALTER TABLE raw.loads ENABLE ALWAYS TRIGGER append_only;
 
-GRANT SELECT, INSERT ON raw.loads TO de_dw_pipeline;
+GRANT SELECT ON raw.loads TO de_dw_pipeline;
+-- Not the times: they are the server's.
+GRANT INSERT (load_id, table_name, batch_id, source, sha256, bytes, rows, rejects, batch_updated_at)
+ON raw.loads TO de_dw_pipeline;
 GRANT USAGE ON SEQUENCE raw.loads_load_id_seq TO de_dw_pipeline;
 GRANT SELECT ON raw.loads TO de_dw_reader;
 
@@ -166,6 +169,7 @@ DECLARE
     index_name text; -- of the live table
     spare_index_name text;
     blockers text;
+    only_autovacuum boolean;
 BEGIN
     EXECUTE format('SELECT count(*) FROM %s', live) INTO live_rows;
     EXECUTE format('SELECT count(*) FROM %s', spare) INTO spare_rows;
@@ -180,13 +184,17 @@ BEGIN
             EXECUTE format('LOCK TABLE %s, %s IN ACCESS EXCLUSIVE MODE', parent, spare);
             EXIT;
         EXCEPTION WHEN lock_not_available THEN
-            SELECT string_agg(DISTINCT format('pid %s (%s, %s)', a.pid, a.usename, a.application_name), ', ')
-            INTO blockers
+            SELECT
+                string_agg(DISTINCT format('pid %s (%s)', a.pid, concat_ws(', ', a.usename, a.application_name)), ', '),
+                bool_and(a.usesysid IS NULL)
+            INTO blockers, only_autovacuum
             FROM pg_locks AS l
             INNER JOIN pg_stat_activity AS a ON l.pid = a.pid
             WHERE l.granted
                 AND l.pid <> pg_backend_pid()
                 AND l.relation IN (parent::regclass, live::regclass, spare::regclass);
+            -- Autovacuum makes way for those who wait longer than deadlock_timeout, a second; it belongs to no user.
+            PERFORM set_config('lock_timeout', CASE WHEN only_autovacuum THEN '2s' ELSE '100ms' END, true);
             IF clock_timestamp() > give_up_at THEN
                 RAISE EXCEPTION '% has been in use for %, by %',
                     parent, patience, coalesce(blockers, 'readers that came and went')

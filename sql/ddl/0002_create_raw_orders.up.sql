@@ -42,5 +42,18 @@ CREATE TRIGGER append_only BEFORE UPDATE OR DELETE OR TRUNCATE ON raw.orders
 FOR EACH STATEMENT EXECUTE FUNCTION raw.refuse_change();
 ALTER TABLE raw.orders ENABLE ALWAYS TRIGGER append_only;
 
-GRANT SELECT, INSERT ON raw.orders TO de_dw_pipeline;
+GRANT SELECT ON raw.orders TO de_dw_pipeline;
+-- Not row_id and load_id: their defaults say when a row arrived and with which load.
+GRANT INSERT (
+    order_id,
+    customer_name,
+    customer_email,
+    product,
+    quantity,
+    unit_price,
+    currency,
+    status,
+    ordered_at,
+    updated_at
+) ON raw.orders TO de_dw_pipeline;
 GRANT SELECT ON raw.orders TO de_dw_reader;

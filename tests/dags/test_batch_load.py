@@ -16,6 +16,8 @@ import batch_load
 import psycopg
 import pytest
 from batch_load import BatchError, Load, load_batch
+from hypothesis import given
+from hypothesis import strategies as st
 from psycopg import errors
 
 from generator.orders import generate_orders
@@ -176,7 +178,10 @@ def test_header_that_does_not_fit_is_refused_by_name(
         (row(quantity=-1), 'constraint "quantity_is_positive"'),
         ("1,2\n", 'line 3: missing data for column "customer_email"'),
         (row().replace("paid", "paid,paid"), "line 3: extra data after last expected column"),
-        (row(product='Desk" wide'), "unterminated CSV quoted field"),
+        (row(product='Desk" wide'), "line 3: a quote inside a field"),
+        (row(product='24" wide').replace('"24" wide"', '24" wide'), "line 3: a quote inside a field"),
+        (row().replace("Ann", 'An"n"'), "line 3: a quote inside a field"),
+        (row().replace('"Desk"', '"Desk'), "a quote inside a field"),
         (row(product="a\0b"), "line 3: invalid byte sequence for encoding"),
         (row(product="Desk")[:-1] + ',"\n', "line "),
         (row(quantity='"1\n2026 INFO forged\x1b[2J"'), r"value '1\n2026 INFO forged\x1b[2J'"),
@@ -301,6 +306,77 @@ def test_end_of_data_mark_is_refused_wherever_blocks_end(
     load(HEADER + row(1, product='a"" \n\\.\nb') + row(2, product="\\."))  # within quotes it is data
 
     assert warehouse.rows("SELECT product FROM raw.orders ORDER BY order_id") == [('a" \n\\.\nb',), ("\\.",)]
+
+
+@pytest.mark.parametrize("block_bytes", [3, 5, 64, 256 * 1024])
+def test_stray_quotes_that_would_swallow_lines_are_refused(
+    warehouse: Warehouse, load: Callable[..., Load], monkeypatch: pytest.MonkeyPatch, block_bytes: int
+) -> None:
+    monkeypatch.setattr(batch_load, "BLOCK_BYTES", block_bytes)
+    inches = row(2, product="24 wide").replace('"24 wide"', '24" wide')
+
+    with pytest.raises(BatchError, match="line 3: a quote inside a field"):
+        load(HEADER + row(1) + inches + row(3) * 20 + inches)
+
+    assert counts(warehouse) == (0, 0)
+
+
+# What the bytes of a CSV file may be, one after the other, by RFC 4180; None is where a stray quote stands.
+STATES: dict[str, dict[str, str | None]] = {
+    "start": {'"': "quoted", ",": "start", "\n": "start", "a": "plain"},
+    "plain": {'"': None, ",": "start", "\n": "start", "a": "plain"},
+    "quoted": {'"': "ended", ",": "quoted", "\n": "quoted", "a": "quoted"},
+    "ended": {'"': "quoted", ",": "start", "\n": "start", "a": None},
+}
+
+
+@given(text=st.text(alphabet='"",\na', max_size=20), block_bytes=st.integers(1, 21))
+def test_stray_quote_is_found_exactly_when_there_is_one(text: str, block_bytes: int) -> None:
+    state: str | None = "start"
+    for char in text + "\n":
+        state = STATES[state][char] if state else None
+
+    data, quotes, tail, stray = f"{text}\n".encode(), 0, b"\n", False
+    for start in range(0, len(data), block_bytes):
+        block = data[start : start + block_bytes]
+        stray = stray or batch_load._find_stray_quote(tail[-1:] + block, quotes) is not None
+        quotes += block.count(b'"')
+        tail = block
+
+    assert stray == (state is None)
+
+
+def test_one_table_has_one_name_however_it_is_spelled(warehouse: Warehouse, tmp_path: Path) -> None:
+    path = tmp_path / "orders.csv"
+    path.write_text(HEADER + row(1))
+    with warehouse.connect() as conn:
+        conn.execute("SET search_path = raw")
+        results = [
+            load_batch(conn, table=table, batch_id="a", path=path).is_new
+            for table in ("raw.orders", "orders", '"raw"."orders"', "RAW.ORDERS")
+        ]
+
+    assert results == [True, False, False, False]
+    assert counts(warehouse) == (1, 1)
+
+
+def test_what_a_caller_inserts_after_a_load_is_not_of_that_load(warehouse: Warehouse, tmp_path: Path) -> None:
+    path = tmp_path / "orders.csv"
+    path.write_text(HEADER + row(1))
+    with warehouse.connect() as conn:
+        load_batch(conn, table="raw.orders", batch_id="a", path=path)
+        with pytest.raises(errors.InvalidTextRepresentation):
+            conn.execute("INSERT INTO raw.orders (order_id, updated_at) VALUES (2, now())")
+
+
+def test_file_name_may_be_any_bytes(warehouse: Warehouse, tmp_path: Path) -> None:
+    path = tmp_path / os.fsdecode(b"caf\xe9.csv")
+    path.write_text(HEADER + row(1))
+
+    with warehouse.connect() as conn:
+        load_batch(conn, table="raw.orders", batch_id="a", path=path)
+
+    assert warehouse.rows("SELECT source LIKE '%caf\\\\xe9.csv' FROM raw.loads") == [(True,)]
 
 
 def test_file_that_grows_while_it_is_read_is_refused(

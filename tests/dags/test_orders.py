@@ -180,16 +180,17 @@ def test_bad_batch_fails_at_once_and_changes_nothing(dag: Any, warehouse: Wareho
 
 def test_importing_the_dag_opens_no_connection_and_no_file_of_ours(tmp_path: Path) -> None:
     blocked = (
-        "import socket\n"
-        "def refuse(*_): raise AssertionError('no connection at import')\n"
-        "socket.socket.connect = refuse\n"
+        "import socket, psycopg, psycopg2\n"
+        "def refuse(*_, **__): raise AssertionError('no connection at import')\n"
+        "socket.socket.connect = psycopg.connect = psycopg.Connection.connect = psycopg2.connect = refuse\n"
         "import orders\n"
     )
 
     subprocess.run(
         [sys.executable, "-W", "ignore", "-c", blocked],
         cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(ROOT / "dags"), "AIRFLOW_HOME": str(tmp_path), "AIRFLOW_CONN_DE_DW": "{}"},
+        env=os.environ
+        | {"PYTHONPATH": str(ROOT / "dags"), "AIRFLOW_HOME": str(tmp_path), "WAREHOUSE_DATA": str(tmp_path / "data")},
         check=True,
     )
 
