@@ -20,6 +20,11 @@ if ! .venv/bin/python -c '' 2>/dev/null || [ ! -e .venv/made ]; then
     fi
 fi
 touch .venv/made
+# uv brings its own list of certificate authorities; behind a company's proxy the system's is the right one.
+# (the first name is today's, the second that of older versions)
+if [ -e /etc/ssl/certs/ca-certificates.crt ]; then
+    export UV_SYSTEM_CERTS=true UV_NATIVE_TLS=true
+fi
 if command -v uv >/dev/null; then
     uv=uv
 else
