@@ -15,9 +15,11 @@ The same rows, seed and updated_at make the same bytes on any machine (for one v
 the names), and the first K rows are the same however many follow.
 """
 
+import logging
 import os
 import re
 import secrets
+import time
 import unicodedata
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
@@ -31,7 +33,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from faker import Faker
 
+log = logging.getLogger(__name__)
+
 Integers = npt.NDArray[np.int64]
+
+# How often a long run says in the log how far it is.
+PROGRESS_SECONDS = 5.0
 
 COLUMNS = (
     "order_id",
@@ -158,6 +165,7 @@ def write_orders(
     header = (",".join(COLUMNS) + "\n").encode()
     out.write(header)
     size = len(header)
+    begun = reported = time.monotonic()
     for start in range(0, rows, BLOCK_ROWS):
         n = min(BLOCK_ROWS, rows - start)
         words = stream.random_raw((n, WORDS_PER_ROW)).astype("<u8", copy=False)
@@ -183,6 +191,11 @@ def write_orders(
         size += len(text)
         if progress is not None:
             progress(start + n)
+        at = time.monotonic()
+        if at - reported >= PROGRESS_SECONDS:
+            reported = at
+            speed = size / 1e6 / (at - begun)
+            log.info("%s of %s rows, %.0f MB, %.0f MB/s", f"{start + n:,}", f"{rows:,}", size / 1e6, speed)
     return size
 
 
