@@ -10,9 +10,11 @@ import subprocess
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import psycopg
 import pytest
 
@@ -57,9 +59,14 @@ def make(clone: Path, target: str, **env: str) -> subprocess.CompletedProcess[st
 
 
 def processes(clone: Path) -> list[str]:
-    """Command lines of what runs from the clone."""
-    listed = subprocess.run(["ps", "-eo", "args"], check=True, capture_output=True, text=True).stdout
-    return [line for line in listed.splitlines() if str(clone) in line]
+    """What runs from the clone. Airflow's workers change their command lines, but not their environment."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            command = " ".join(process.cmdline())
+            if str(clone) in command or process.environ().get("AIRFLOW_HOME", "").startswith(str(clone)):
+                found.append(command)
+    return found
 
 
 def test_help_is_the_default(clone: Path) -> None:
