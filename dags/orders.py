@@ -9,9 +9,10 @@
 | `load_raw` | brings it to `raw.orders`, with a row in `raw.loads` | what the ledger has is not loaded again |
 | `refresh_latest` | swaps in a fresh `stg.orders_latest` | readers see the old rows or the new, never neither |
 
-**If it fails:** the task's log names the cause: file, line, column and value of a bad row, the pid behind a lock.
+**If it fails:** the task's log names the cause: file, line, column and value of the bad records, the pid behind a lock.
 Nothing is half-done. Mend the cause and clear the task; a lost connection or a lock is tried again by itself.
-`SELECT * FROM raw.loads ORDER BY load_id DESC` in psql shows what has been loaded.
+`SELECT * FROM raw.loads ORDER BY load_id DESC` in psql shows what has been loaded, `raw.orders_rejects` what was not
+though its file was (param `max_rejects`). docs/operations.md has every message and what to do.
 """
 
 import os
@@ -78,6 +79,20 @@ def report_rows(context: Any, rows: int) -> None:
             title="Seed",
             description="Which orders: the same seed makes new versions of the same orders",
         ),
+        "max_rejects": Param(
+            "0",
+            type=["string", "integer"],
+            pattern=r"^\s*([0-9]+|(100|[0-9]{1,2}(\.[0-9]+)?)\s*%)\s*$",
+            minimum=0,
+            title="Bad records allowed",
+            description="A number, or a percentage such as 1%. They are kept in raw.orders_rejects, the others loaded",
+        ),
+        "load_again": Param(
+            False,
+            type="boolean",
+            title="Load again",
+            description="Load the file though another batch has brought the same bytes before",
+        ),
     },
     default_args={
         "retries": 3,
@@ -98,7 +113,7 @@ def orders() -> None:
 
     # A bad file stays bad: only what may pass by itself is tried again.
     @task(outlets=[RAW], retry_policy=ExceptionRetryPolicy([RetryRule(BatchError, RetryAction.FAIL)]))
-    def load_raw(path: Any, dag_run: Any = None, outlet_events: Any = None) -> dict[str, Any]:
+    def load_raw(path: Any, params: Any = None, dag_run: Any = None, outlet_events: Any = None) -> dict[str, Any]:
         with PostgresHook("de_dw").get_conn() as conn:
             load = load_batch(
                 conn,
@@ -106,6 +121,8 @@ def orders() -> None:
                 batch_id=dag_run.run_id,
                 path=Path(path),
                 updated_at=batch_time(dag_run),
+                max_rejects=params["max_rejects"],
+                load_again=params["load_again"],
             )
         outlet_events[RAW].extra = asdict(load)
         return asdict(load)

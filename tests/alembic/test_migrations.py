@@ -36,7 +36,7 @@ def test_up_down_and_up_again_give_the_same_schema(server: DatabaseServer, datab
 
     assert dump(server, database) == schema
     assert not [line for line in empty if "raw." in line or "stg." in line]
-    assert len([line for line in schema if line.startswith("CREATE TABLE ")]) == 7
+    assert len([line for line in schema if line.startswith("CREATE TABLE ")]) == 8
 
 
 def test_downgrade_works_after_swaps(warehouse: Warehouse) -> None:
@@ -101,6 +101,22 @@ def test_downgrade_with_rows_is_refused_unless_told(database: str) -> None:
     assert alembic(database, "current").stdout.split()[1] == "(head)", "nothing is undone, not even stg"
     with psycopg.connect(database) as conn:
         assert conn.execute("SELECT count(*) FROM raw.orders").fetchall() == [(1,)]
+    alembic(database, "-x", "allow-data-loss=yes", "downgrade", "base")
+
+
+def test_downgrade_that_is_told_to_lose_data_loses_repeated_loads_too(database: str) -> None:
+    alembic(database, "upgrade", "head")
+    with psycopg.connect(database) as conn:
+        for batch_id, repeat_of in (("a", None), ("b", 1)):
+            conn.execute(
+                "INSERT INTO raw.loads (table_name, batch_id, source, sha256, bytes, rows, repeat_of)"
+                " VALUES ('raw.orders', %s, 'a.csv', repeat('a', 64), 1, 1, %s)",
+                (batch_id, repeat_of),
+            )
+
+    refused = alembic(database, "downgrade", "0003", check=False)
+    assert "refusing to drop columns of raw.loads: it has rows" in refused.stderr
+
     alembic(database, "-x", "allow-data-loss=yes", "downgrade", "base")
 
 

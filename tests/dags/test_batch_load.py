@@ -1,6 +1,7 @@
 """dags/batch_load.py: each batch exactly once, or an error that says what to mend."""
 
 import gzip
+import hashlib
 import os
 import signal
 import subprocess
@@ -12,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import batch_file
 import batch_load
 import psycopg
 import pytest
@@ -35,11 +37,11 @@ def row(order_id: object = 1, quantity: object = 2, product: str = "Desk", updat
 def load(warehouse: Warehouse, tmp_path: Path) -> Callable[..., Load]:
     """Write a file and load it, as the DAG does."""
 
-    def load_(content: str | bytes, batch_id: str = "a") -> Load:
+    def load_(content: str | bytes, batch_id: str = "a", **options: Any) -> Load:
         path = tmp_path / "orders.csv"
         path.write_bytes(content.encode() if isinstance(content, str) else content)
         with warehouse.connect() as conn:
-            return load_batch(conn, table="raw.orders", batch_id=batch_id, path=path, updated_at=NOW)
+            return load_batch(conn, table="raw.orders", batch_id=batch_id, path=path, updated_at=NOW, **options)
 
     return load_
 
@@ -92,6 +94,23 @@ def test_same_bytes_under_another_batch_id_are_skipped_naming_the_first(
 
     assert (again.is_new, again.load_id, again.batch_id) == (False, first.load_id, "a")
     assert counts(warehouse) == (1, 1)
+
+
+def test_same_bytes_are_loaded_again_when_told_to_but_once_per_batch(
+    warehouse: Warehouse, load: Callable[..., Load]
+) -> None:
+    first = load(HEADER + row(1), "a")
+
+    for is_new in (True, False):  # a retry, a cleared task
+        assert load(HEADER + row(1), "b", load_again=True).is_new is is_new
+    assert load(HEADER + row(1), "c").batch_id == "a"
+    assert not load(HEADER + row(1), "a", load_again=True).is_new
+
+    assert counts(warehouse) == (2, 2)
+    assert warehouse.rows("SELECT batch_id, repeat_of FROM raw.loads ORDER BY load_id") == [
+        ("a", None),
+        ("b", first.load_id),
+    ]
 
 
 def test_other_file_of_the_same_size_is_loaded(warehouse: Warehouse, load: Callable[..., Load]) -> None:
@@ -152,7 +171,7 @@ def test_columns_are_matched_by_name(warehouse: Warehouse, load: Callable[..., L
         (HEADER.replace(",", ";"), "missing: 'order_id', 'customer_name'"),
         (row(), "missing: 'order_id'"),
         (HEADER.replace("status", "Status"), "missing: 'status'; unknown: 'Status'"),
-        (HEADER.replace("status", 'status"); DROP TABLE raw.orders; --'), "unknown:"),
+        (HEADER.replace("status", '"status""); DROP TABLE raw.orders; --"'), "unknown: 'status\"); DROP"),
     ],
 )
 def test_header_that_does_not_fit_is_refused_by_name(
@@ -174,16 +193,20 @@ def test_header_that_does_not_fit_is_refused_by_name(
         (row(quantity="99999999999"), "line 3, column quantity, value '99999999999'"),
         (row(updated_at=""), "line 3, column updated_at: null value"),
         (row(updated_at="03/04/2026"), "line 3, column updated_at, value '03/04/2026': date/time field value"),
-        (row(updated_at="infinity"), 'line 3: new row for relation "orders" violates check constraint "updated_at_is'),
-        (row(quantity=-1), 'constraint "quantity_is_positive"'),
+        (
+            row(updated_at="infinity"),
+            "line 3, column updated_at, value 'infinity': violates check constraint \"updated_at_is",
+        ),
+        (row(updated_at="2999-01-01"), 'violates check constraint "updated_at_is_not_in_the_future"'),
+        (row(quantity=-1), "line 3, column quantity, value '-1': violates check constraint \"quantity_is_positive\""),
         ("1,2\n", 'line 3: missing data for column "customer_email"'),
         (row().replace("paid", "paid,paid"), "line 3: extra data after last expected column"),
         (row(product='Desk" wide'), "line 3: a quote inside a field"),
         (row(product='24" wide').replace('"24" wide"', '24" wide'), "line 3: a quote inside a field"),
         (row().replace("Ann", 'An"n"'), "line 3: a quote inside a field"),
-        (row().replace('"Desk"', '"Desk'), "a quote inside a field"),
-        (row(product="a\0b"), "line 3: invalid byte sequence for encoding"),
-        (row(product="Desk")[:-1] + ',"\n', "line "),
+        (row().replace('"Desk"', '"Desk'), "line 3: a quoted field that never ends"),
+        (row(product="a\0b"), "line 3: a NUL byte"),
+        (row(product="Desk")[:-1] + ',"\n', "line 3: a quoted field that never ends"),
         (row(quantity='"1\n2026 INFO forged\x1b[2J"'), r"value '1\n2026 INFO forged\x1b[2J'"),
     ],
 )
@@ -198,7 +221,10 @@ def test_bad_row_fails_the_batch_with_its_line_column_and_value(
     assert "orders.csv" in message
     assert "Nothing was loaded" in message
     assert "a@example.com" not in message, "other values of the row may be personal"
-    assert message.isprintable(), "a value must not write log lines of its own"
+    assert "1 of 3 records are bad, max_rejects is 0" in message
+    assert message.replace("\n  line 3", "", 1).replace("\nCorrect", "", 1).isprintable(), (
+        "a value must not write log lines of its own"
+    )
     assert counts(warehouse) == (0, 0)
 
 
@@ -209,11 +235,15 @@ def test_bad_row_fails_the_batch_with_its_line_column_and_value(
         (b"\xef\xbb\xbf\n", "the file is empty"),
         ((HEADER + row())[:-1].encode(), "the last line has no line end"),
         ((HEADER + row())[:-20].encode(), "the last line has no line end"),
-        (gzip.compress(HEADER.encode()), "not a CSV file but gzip"),
+        (gzip.compress(gzip.compress(HEADER.encode())), "not a CSV file but gzip within gzip"),
+        (gzip.compress(b""), "the file is empty"),
+        (gzip.compress((HEADER + row()).encode())[:-20], "the gzip file is damaged or cut off"),
+        (gzip.compress((HEADER + row()).encode())[:-8] + bytes(8), "the gzip file is damaged or cut off"),
+        (gzip.compress((HEADER + row())[:-1].encode()), "the last line has no line end"),
         (b"PK\x03\x04 anything\n", "not a CSV file but a zip archive"),
         ((HEADER + row()).encode("utf-16"), "not a CSV file but UTF-16"),
         (b"<html><body>502 Bad Gateway</body></html>\n", "not a CSV file but HTML"),
-        ((HEADER + row(product="Büro")).encode("latin-1"), "line 2: invalid byte sequence"),
+        ((HEADER + row(product="Büro")).encode("latin-1"), "line 2: not UTF-8: byte 0xfc"),
     ],
 )
 def test_what_is_no_whole_csv_file_is_refused(
@@ -251,6 +281,21 @@ def test_line_ends_and_byte_order_mark_change_nothing(
         (1, "2026-01-01"),
         (2, "2026-01-01"),
     ]
+
+
+@pytest.mark.parametrize("name", ["orders.csv", "orders.csv.gz", "orders"])
+def test_gzip_is_known_by_its_content(warehouse: Warehouse, tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    content = "".join(row(number, product="Büro\n") for number in range(20_000))
+    packed = gzip.compress(("\ufeff" + HEADER + content).encode()) + gzip.compress(row(20_000).encode())
+    path.write_bytes(packed)
+
+    with warehouse.connect() as conn:
+        loaded = load_batch(conn, table="raw.orders", batch_id="a", path=path)
+
+    assert (loaded.rows, loaded.bytes, loaded.sha256) == (20_001, len(packed), hashlib.sha256(packed).hexdigest())
+    assert warehouse.rows("SELECT count(DISTINCT order_id), max(order_id) FROM raw.orders") == [(20_001, 20_000)]
+    assert path.read_bytes() == packed
 
 
 def test_fields_are_kept_as_they_came(warehouse: Warehouse, load: Callable[..., Load]) -> None:
@@ -297,10 +342,10 @@ def test_time_without_offset_is_utc_whatever_the_session_says(warehouse: Warehou
 def test_end_of_data_mark_is_refused_wherever_blocks_end(
     warehouse: Warehouse, load: Callable[..., Load], monkeypatch: pytest.MonkeyPatch, block_bytes: int
 ) -> None:
-    monkeypatch.setattr(batch_load, "BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(batch_file, "BLOCK_BYTES", block_bytes)
 
     for end in ("\n", "\r\n"):
-        with pytest.raises(BatchError, match=r"line 3: a line of just \\\. is the end of the data"):
+        with pytest.raises(BatchError, match=r"line 3: a line of just \\\., the end of the data"):
             load((HEADER + row(1) + "\\.\n" + row(2)).replace("\n", end))
     assert counts(warehouse) == (0, 0)
     load(HEADER + row(1, product='a"" \n\\.\nb') + row(2, product="\\."))  # within quotes it is data
@@ -312,7 +357,7 @@ def test_end_of_data_mark_is_refused_wherever_blocks_end(
 def test_stray_quotes_that_would_swallow_lines_are_refused(
     warehouse: Warehouse, load: Callable[..., Load], monkeypatch: pytest.MonkeyPatch, block_bytes: int
 ) -> None:
-    monkeypatch.setattr(batch_load, "BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(batch_file, "BLOCK_BYTES", block_bytes)
     inches = row(2, product="24 wide").replace('"24 wide"', '24" wide')
 
     with pytest.raises(BatchError, match="line 3: a quote inside a field"):
@@ -339,7 +384,7 @@ def test_stray_quote_is_found_exactly_when_there_is_one(text: str, block_bytes: 
     data, quotes, tail, stray = f"{text}\n".encode(), 0, b"\n", False
     for start in range(0, len(data), block_bytes):
         block = data[start : start + block_bytes]
-        stray = stray or batch_load._find_stray_quote(tail[-1:] + block, quotes) is not None
+        stray = stray or batch_file.find_stray_quote(tail[-1:] + block, quotes) is not None
         quotes += block.count(b'"')
         tail = block
 
@@ -384,14 +429,14 @@ def test_file_that_grows_while_it_is_read_is_refused(
 ) -> None:
     path = tmp_path / "orders.csv"
     path.write_text(HEADER + row(1))
-    stream = batch_load._stream
+    copy = batch_load._copy
 
-    def grow(*arguments: Any) -> str:
+    def grow(*arguments: Any) -> int:
         with path.open("a") as file:
             file.write(row(2))
-        return stream(*arguments)
+        return copy(*arguments)
 
-    monkeypatch.setattr(batch_load, "_stream", grow)
+    monkeypatch.setattr(batch_load, "_copy", grow)
 
     with warehouse.connect() as conn, pytest.raises(BatchError, match="the file changed while it was read"):
         load_batch(conn, table="raw.orders", batch_id="a", path=path)

@@ -106,6 +106,16 @@ def test_flow_is_generate_load_refresh(parsed: Any) -> None:
         ("rows", None, False),
         ("seed", 0, True),
         ("seed", -1, False),
+        ("max_rejects", "0", True),
+        ("max_rejects", 5, True),
+        ("max_rejects", "1%", True),
+        ("max_rejects", "0.5 %", True),
+        ("max_rejects", -1, False),
+        ("max_rejects", "-1", False),
+        ("max_rejects", "101%", False),
+        ("max_rejects", "some", False),
+        ("load_again", True, True),
+        ("load_again", "yes", False),
     ],
 )
 def test_params_have_limits(parsed: Any, name: str, value: object, fits: bool) -> None:
@@ -157,7 +167,9 @@ def test_assets_carry_the_row_counts(dag: Any, warehouse: Warehouse) -> None:
     run = dag.test(logical_date=RUN, run_after=RUN, run_conf={"rows": 7})
 
     with create_session() as session:
-        events = session.scalars(select(AssetEvent).where(AssetEvent.source_run_id == run.run_id)).all()
+        events = session.scalars(
+            select(AssetEvent).where(AssetEvent.source_run_id == run.run_id).order_by(AssetEvent.id)
+        ).all()
         extras = {event.asset.name: event.extra["rows"] for event in events[-2:]}
     assert extras == {"raw.orders": 7, "stg.orders_latest": 7}
     (refresh,) = [task for task in run.get_task_instances() if task.task_id == "refresh_latest"]
@@ -166,16 +178,137 @@ def test_assets_carry_the_row_counts(dag: Any, warehouse: Warehouse) -> None:
 
 def test_bad_batch_fails_at_once_and_changes_nothing(dag: Any, warehouse: Warehouse) -> None:
     assert dag.test(logical_date=RUN, run_after=RUN, run_conf={"rows": 5}).state == "success"
-    with warehouse.connect("") as conn:
-        conn.execute("ALTER TABLE raw.orders ADD CONSTRAINT order_id_is_small CHECK (order_id < 6)")
+    alter(warehouse, "ALTER TABLE raw.orders ADD CONSTRAINT order_id_is_small CHECK (order_id < 6)")
     later = RUN + timedelta(days=1)
 
-    run = dag.test(logical_date=later, run_after=later, run_conf={"rows": 10})
+    run = dag.test(logical_date=later, run_after=later, run_conf={"rows": 10, "max_rejects": "4"})
 
     assert run.state == "failed"
     assert states(run)["load_raw"] == ("failed", 1), "a file that is bad stays bad: no retry"
     assert states(run)["refresh_latest"][0] == "upstream_failed"
     assert counts(warehouse) == (5, 1, 5, 5, 5)
+
+
+def test_bad_records_within_the_limit_are_kept_and_counted(dag: Any, warehouse: Warehouse) -> None:
+    alter(warehouse, "ALTER TABLE raw.orders ADD CONSTRAINT order_id_is_small CHECK (order_id < 6)")
+
+    run = dag.test(logical_date=RUN, run_after=RUN, run_conf={"rows": 10, "max_rejects": "50%"})
+
+    assert run.state == "success"
+    assert counts(warehouse) == (5, 1, 5, 5, 5)
+    rejects = "SELECT line_number, column_name, reason FROM raw.orders_rejects ORDER BY line_number"
+    assert warehouse.rows(rejects) == [
+        (line, "order_id", 'violates check constraint "order_id_is_small"') for line in range(7, 12)
+    ]
+    (load,) = [task for task in run.get_task_instances() if task.task_id == "load_raw"]
+    assert load.xcom_pull(task_ids="load_raw")["rejects"] == 5
+
+
+def test_file_is_loaded_again_only_when_told_to(
+    dag: Any, warehouse: Warehouse, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("generator.orders.generate_orders", write_file(FILE))
+    for day, load_again in enumerate((False, False, True)):
+        moment = RUN + timedelta(days=day)
+        assert dag.test(logical_date=moment, run_after=moment, run_conf={"load_again": load_again}).state == "success"
+
+    assert warehouse.rows("SELECT rows, repeat_of IS NOT NULL FROM raw.loads ORDER BY load_id") == [
+        (1, False),
+        (1, True),
+    ]
+    assert counts(warehouse)[0] == 2
+
+
+FILE = """\
+order_id,customer_name,customer_email,product,quantity,unit_price,currency,status,ordered_at,updated_at
+1,Ann,a@example.com,Desk,1,9.99,EUR,paid,2025-12-31,2026-01-01
+"""
+
+
+def write_file(content: str) -> Any:
+    """What stands in for the generator: a file as somebody might deliver it."""
+
+    def write(path: Path, **_: Any) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content)
+
+    return write
+
+
+def raise_(error: Exception) -> Any:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    return fail
+
+
+def alter(warehouse: Warehouse, statement: str) -> None:
+    with warehouse.connect("") as conn:
+        conn.execute(statement.encode())
+
+
+GENERATE = "generator.orders.generate_orders"
+# What goes wrong: an SQL statement or another generator; and the task that has to be red.
+FAILURES: dict[str, tuple[str | Any, str]] = {
+    "generator fails": (raise_(OSError(28, "No space left on device")), "generate_batch"),
+    "no file": (lambda path, **_: path.unlink(missing_ok=True), "load_raw"),
+    "empty file": (write_file(""), "load_raw"),
+    "half a file": (write_file(FILE[:-10]), "load_raw"),
+    "no CSV": (write_file("<html>502</html>\n"), "load_raw"),
+    "unknown column": (write_file(FILE.replace("status", "state")), "load_raw"),
+    "bad record": (write_file(FILE.replace("1,Ann", "x,Ann")), "load_raw"),
+    "other bytes": (write_file(FILE.replace("Ann", "Bob")), "load_raw"),
+    "no right": ("REVOKE INSERT ON raw.orders FROM de_dw_pipeline", "load_raw"),
+    "no table": ("ALTER TABLE raw.orders RENAME TO moved", "load_raw"),
+    "no ledger": ("ALTER TABLE raw.loads RENAME TO moved", "load_raw"),
+    "no swap": ("DROP FUNCTION stg.swap(text)", "refresh_latest"),
+    "rule of stg": (
+        "ALTER TABLE stg.orders_latest_spare ADD CONSTRAINT none CHECK (order_id IS NULL)",
+        "refresh_latest",
+    ),
+    "no version": ("DELETE FROM stg.table_versions", "refresh_latest"),
+    "foreign key in the way": (
+        "CREATE TABLE public.notes (order_id bigint REFERENCES stg.orders_latest); INSERT INTO public.notes VALUES (1)",
+        "refresh_latest",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_failure_makes_its_task_red_and_stops_what_comes_after(
+    dag: Any, warehouse: Warehouse, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    failure, red = FAILURES[name]
+    first = RUN if name == "other bytes" else RUN - timedelta(days=1)
+    monkeypatch.setattr(GENERATE, write_file(FILE.replace("paid", "shipped")))
+    assert dag.test(logical_date=first, run_after=first).state == "success"
+    for task in dag.tasks:
+        monkeypatch.setattr(task, "retries", 0)
+    monkeypatch.setattr(GENERATE, write_file(FILE))
+    if isinstance(failure, str):
+        alter(warehouse, failure)
+    else:
+        monkeypatch.setattr(GENERATE, failure)
+
+    run = dag.test(logical_date=RUN, run_after=RUN)
+
+    assert run.state == "failed"
+    flow = ["generate_batch", "load_raw", "refresh_latest"]
+    place = flow.index(red)
+    expected = ["success"] * place + ["failed"] + ["upstream_failed"] * (2 - place)
+    assert [states(run)[task][0] for task in flow] == expected
+    assert warehouse.rows("SELECT order_id, status FROM stg.orders_latest", "") == [(1, "shipped")]
+
+
+def test_database_that_is_away_is_red_in_both_tasks(dag: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AIRFLOW_CONN_DE_DW", airflow_connection("postgresql://nobody@/nothing?host=/nonexistent"))
+    for task in dag.tasks:
+        monkeypatch.setattr(task, "retries", 0)
+
+    run = dag.test(logical_date=RUN, run_after=RUN)
+
+    assert run.state == "failed"
+    assert [states(run)[task][0] for task in ("load_raw", "refresh_latest")] == ["failed", "upstream_failed"]
 
 
 def test_importing_the_dag_opens_no_connection_and_no_file_of_ours(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from psycopg import errors
 
 from tests.conftest import Warehouse
 
-TABLES = ("raw.orders", "raw.loads")
+TABLES = ("raw.orders", "raw.orders_rejects", "raw.loads")
 LOAD = (
     "INSERT INTO raw.loads (table_name, batch_id, source, sha256, bytes, rows)"
     " VALUES ('raw.orders', %s, 'a.csv', repeat(%s, 64), 1, %s)"
@@ -18,6 +18,8 @@ def filled(warehouse: Warehouse) -> Warehouse:
     warehouse.given("raw.orders", "order_id | updated_at\n1 | 2026-01-01")
     with warehouse.connect() as conn:
         conn.execute(LOAD, ("a", "a", 1))
+        conn.execute("SET de_dw.load_id = 1")
+        conn.execute("INSERT INTO raw.orders_rejects (line_number, line, reason) VALUES (2, 'x', 'no order')")
     return warehouse
 
 
@@ -41,6 +43,30 @@ def test_nobody_changes_what_was_received(filled: Warehouse, table: str, stateme
     assert filled.rows(f"SELECT * FROM {table}") == before
 
 
+def test_every_table_of_raw_has_the_guard(warehouse: Warehouse) -> None:
+    guarded = """
+        SELECT c.oid::regclass::text FROM pg_class AS c INNER JOIN pg_trigger AS t ON c.oid = t.tgrelid
+        WHERE c.relnamespace = 'raw'::regnamespace AND t.tgname = 'append_only' AND t.tgenabled = 'A'
+            AND tgfoid = 'raw.refuse_change'::regproc AND tgtype::integer & (8 | 16 | 32) = 8 | 16 | 32
+    """
+
+    tables = warehouse.rows(
+        "SELECT oid::regclass::text FROM pg_class WHERE relnamespace = 'raw'::regnamespace AND relkind IN ('r', 'p')"
+    )
+    assert sorted(warehouse.rows(guarded)) == sorted(tables) == sorted((table,) for table in TABLES)
+
+
+def test_pipeline_role_may_insert_and_select_and_nothing_else(warehouse: Warehouse) -> None:
+    privileges = """
+        SELECT DISTINCT privilege_type::text FROM information_schema.role_table_grants
+        WHERE table_schema = 'raw' AND grantee IN ('de_dw_pipeline', 'PUBLIC')
+        UNION SELECT DISTINCT privilege_type FROM information_schema.role_column_grants
+        WHERE table_schema = 'raw' AND grantee IN ('de_dw_pipeline', 'PUBLIC')
+    """
+
+    assert sorted(warehouse.rows(privileges, "de_dw_pipeline")) == [("INSERT",), ("SELECT",)]
+
+
 def test_pipeline_role_may_not_switch_the_guard_off(filled: Warehouse) -> None:
     for statement in ("ALTER TABLE raw.orders DISABLE TRIGGER append_only", "DROP TABLE raw.orders"):
         with filled.connect() as conn, pytest.raises(errors.InsufficientPrivilege):
@@ -52,6 +78,7 @@ def test_pipeline_role_may_not_switch_the_guard_off(filled: Warehouse) -> None:
     [
         "INSERT INTO raw.orders (order_id, updated_at, row_id) OVERRIDING SYSTEM VALUE VALUES (1, now(), 9)",
         "INSERT INTO raw.orders (order_id, updated_at, load_id) VALUES (1, now(), 9)",
+        "INSERT INTO raw.orders_rejects (line_number, line, reason, load_id) VALUES (1, '', '', 9)",
         LOAD.replace("rows)", "rows, finished_at)").replace("%s)", "%s, now())") % ("'b'", "'b'", "1"),
     ],
 )
@@ -72,6 +99,7 @@ def test_reader_may_not_write(filled: Warehouse) -> None:
         ("quantity", "0", "quantity_is_positive"),
         ("quantity", "-1", "quantity_is_positive"),
         ("updated_at", "infinity", "updated_at_is_finite"),
+        ("updated_at", "2999-01-01", "updated_at_is_not_in_the_future"),
         ("ordered_at", "-infinity", "ordered_at_is_finite"),
         ("unit_price", "NaN", "unit_price_is_finite"),
         ("unit_price", "Infinity", "unit_price_is_finite"),
@@ -99,5 +127,6 @@ def test_ledger_takes_a_batch_once_and_a_file_once_but_any_number_of_empty_ones(
             conn.execute(LOAD, ("a", "b", 1))
         with pytest.raises(errors.UniqueViolation, match="file_is_loaded_once"):
             conn.execute(LOAD, ("b", "a", 1))
+        conn.execute(LOAD.replace("rows)", "rows, repeat_of)").replace("%s)", "%s, 1)"), ("b", "a", 1))
         conn.execute(LOAD, ("c", "c", 0))
         conn.execute(LOAD, ("d", "c", 0))

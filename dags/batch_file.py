@@ -1,0 +1,416 @@
+"""A delivered CSV file: opened once, only ever read, in blocks, and cut into records where that is asked for.
+
+What is a whole CSV file is decided here; what its values may be is PostgreSQL's business (batch_load, batch_rejects).
+"""
+
+import csv
+import gzip
+import hashlib
+import io
+import logging
+import os
+import re
+import stat
+import time
+import zlib
+from bisect import bisect_right
+from collections.abc import Iterator
+from dataclasses import dataclass
+from io import FileIO, RawIOBase
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+log = logging.getLogger(__name__)
+
+# One read, hash and send at a time: 64 KiB was slower, 1 MiB no faster, and memory stays the same for any file.
+BLOCK_BYTES = 256 * 1024
+# A header is one line of names: what is longer is not one.
+HEADER_BYTES = 64 * 1024
+# How often a long load says how far it is.
+PROGRESS_SECONDS = 5.0
+# Records are cut out of this much text at a time: enough that a round trip to the server does not show.
+CHUNK_BYTES = 4 * 1024 * 1024
+# A quoted field that is still open after this much text is taken for one whose end is missing.
+RECORD_BYTES = 64 * 1024 * 1024
+
+QUOTE = ord('"')
+CR, LF = b"\r\n"
+# By byte: may it stand before the quote that begins a field and after the one that ends it? A doubled quote may.
+BESIDE_A_QUOTE = np.isin(np.arange(256), list(b',\r\n"'))
+BOM = b"\xef\xbb\xbf"
+GZIP = b"\x1f\x8b"
+# How files begin that get delivered under the name .csv without being one.
+NOT_CSV = {
+    GZIP: "gzip within gzip: unpack it once",
+    b"PK\x03\x04": "a zip archive or an Excel workbook: unpack it, or export it as CSV",
+    b"%PDF": "PDF",
+    b"\xff\xfe": "UTF-16 text: convert it to UTF-8",
+    b"\xfe\xff": "UTF-16 text: convert it to UTF-8",
+    b"<": "HTML or XML, perhaps the error page of a download",
+    b"{": "JSON",
+    b"[": "JSON",
+}
+# The first record, and what ends it: the rest of the file must end its lines in the same way.
+FIRST_RECORD = re.compile(rb'((?:[^"\r\n]++|"[^"]*+")*+)(\r\n|\n|\r)')
+# A field as it stands in a record, quotes included.
+FIELD = re.compile(rb'((?:[^",]++|"[^"]*+")*+)(?:,|\Z)')
+QUOTED = re.compile(rb'"[^"]*"')
+
+STRAY_QUOTE = "a quote inside a field that is not quoted, or one that is not doubled inside a field that is"
+OPEN_QUOTE = "a quoted field that never ends"
+END_OF_DATA = r"a line of just \., the end of the data for PostgreSQL 17 and older"
+
+
+class BatchError(Exception):
+    """The batch can't be loaded as it is, now or later; nothing was written.
+
+    The message names the file, the line, column and value where there are any, and the remedy.
+    """
+
+
+@dataclass(frozen=True)
+class Records:
+    """Some thousand records of a file, in its order.
+
+    :param data: the bytes of each as received, without the line end.
+    :param lines: on which line of the file each begins; the header is line 1.
+    :param problems: by position in data, why it can't be a record of a CSV file, whatever its columns are.
+    :param line_ends: how many lines they take in all.
+    """
+
+    data: list[bytes]
+    lines: list[int]
+    problems: dict[int, str]
+    line_ends: int
+
+
+class BatchFile:
+    """A CSV file with a header line, in UTF-8, as it is or packed with gzip: a context manager that closes it.
+
+    :param path: only a regular file.
+    :raises BatchError: it is missing, empty, cut off, or visibly something else.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = _open(path)
+        try:
+            self._stat = os.fstat(self._file.fileno())
+            self.is_gzip = self._file.read(len(GZIP)) == GZIP
+            self._file.seek(0)
+            start = self._start()
+            self.has_bom = start.startswith(BOM)
+            self.header, self.newline = self._first_record(start.removeprefix(BOM))
+            self.columns = self._names()
+        except BaseException:
+            self._file.close()
+            raise
+        self.header_lines = 1 + self.header.count(self.newline[-1:])
+        self.lines = 0
+        self.sha256 = ""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file on disk."""
+        return self._stat.st_size
+
+    def digest(self) -> str:
+        """SHA-256 of the file as it is on disk, 64 hexadecimal digits.
+
+        :raises BatchError: it changed while it was read.
+        """
+        self._file.seek(0)
+        digest = hashlib.file_digest(self._file, "sha256").hexdigest()
+        self._check_unchanged()
+        return digest
+
+    def blocks(self) -> Iterator[bytes]:
+        """The text from its first byte to its last, unpacked.
+
+        When it is exhausted `sha256` is that of the file on disk as it was read, and `lines` how many lines it has.
+
+        :raises BatchError: the file changed while it was read, or is cut off.
+        """
+        self._file.seek(0)
+        hashed = _Hashed(self._file)
+        source: Any = gzip.GzipFile(fileobj=hashed) if self.is_gzip else hashed
+        started = reported = time.monotonic()
+        last, lines = b"", 0
+        try:
+            while block := source.read(BLOCK_BYTES):
+                last = block
+                yield block
+                lines += block.count(self.newline[-1:])
+                now = time.monotonic()
+                if now - reported >= PROGRESS_SECONDS:
+                    reported, done = now, self._file.tell()
+                    share, rate = 100 * done // max(self.size, 1), done / 1e6 / (now - started)
+                    log.info(
+                        "%s: %s lines, %.0f MB (%d%%), %.1f MB/s", self.path, f"{lines:,}", done / 1e6, share, rate
+                    )
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            self._check_unchanged()  # the likelier cause
+            raise BatchError(f"{self.path}: the gzip file is damaged or cut off: {error}. Deliver it again.") from None
+        self._check_unchanged()
+        if not last.endswith((b"\n", b"\r")):
+            raise self._cut_off()
+        self.lines = lines
+        self.sha256 = hashed.digest.hexdigest()
+
+    def records(self) -> Iterator[Records]:
+        """All records behind the header. Sets `sha256` at the end, as blocks does.
+
+        A record with a stray quote, or with a quoted field that never ends, is taken to be one line long: what
+        follows is read from the next line on.
+
+        :raises BatchError: as blocks.
+        """
+        blocks = self.blocks()
+        data, at_end = b"", False
+        line = 1 + self.header_lines
+        skip = (len(BOM) if self.has_bom else 0) + len(self.header) + len(self.newline)
+        while not at_end:
+            parts, size = [data], len(data)
+            # Twice what was left over: a long record is not looked at again with every block.
+            wanted = skip + max(CHUNK_BYTES, 2 * len(data))
+            while size < wanted and not at_end:
+                block = next(blocks, b"")
+                at_end = not block
+                parts.append(block)
+                size += len(block)
+            data, skip = b"".join(parts)[skip:], 0
+            records, rest = self._cut(data, line, at_end)
+            yield records
+            line += records.line_ends
+            data = data[rest:]
+
+    def _cut(self, data: bytes, line: int, at_end: bool) -> tuple[Records, int]:
+        """Cut text into records, and say where the first one begins that is not complete.
+
+        :param data: begins with a record, on this line.
+        :param at_end: nothing follows it.
+        """
+        text = np.frombuffer(data, np.uint8)
+        quotes = np.flatnonzero(text == QUOTE)
+        line_ends = np.flatnonzero(text == self.newline[-1])
+        number = np.arange(len(quotes)) % 2
+        may_begin = (quotes == 0) | BESIDE_A_QUOTE[text[quotes - 1]]
+        may_end = (quotes == len(data) - 1) | BESIDE_A_QUOTE[text[np.minimum(quotes + 1, len(data) - 1)]]
+        parity = np.searchsorted(quotes, line_ends) % 2
+        # Counted from where a record begins every other quote begins a field, and a line end with an even number of
+        # quotes before it ends a record. There are two ways to count, so both are worked out once.
+        strays = [np.flatnonzero(~np.where(number == first, may_begin, may_end)) for first in (0, 1)]
+        record_ends = [line_ends[parity == first] for first in (0, 1)]
+
+        starts: list[int] = []
+        stops: list[int] = []
+        problems: dict[int, str] = {}
+        start = 0
+        while start < len(data):
+            first = int(np.searchsorted(quotes, start))
+            stray = _next(strays[first % 2], first)
+            limit = len(data) if stray is None else int(quotes[stray])
+            ends = record_ends[first % 2]
+            complete = ends[np.searchsorted(ends, start) : np.searchsorted(ends, limit)].tolist()
+            if complete:
+                starts += [start, *(stop + 1 for stop in complete[:-1])]
+                stops += complete
+                start = complete[-1] + 1
+            if start == len(data) or (stray is None and not at_end and len(data) - start < RECORD_BYTES):
+                break
+            stop = _next(line_ends, start)
+            if stop is None and not at_end:
+                break
+            if stray is not None and (stop is None or quotes[stray] < stop):
+                problems[len(starts)] = STRAY_QUOTE
+            elif stop is not None or (len(quotes) - first) % 2 == 1:
+                problems[len(starts)] = OPEN_QUOTE
+            starts.append(start)
+            stops.append(len(data) if stop is None else stop)
+            start = stops[-1] + 1
+        rest = min(start, len(data))
+
+        firsts, lasts = np.array(starts, np.int64), np.array(stops, np.int64)
+        suspects = (text == 0) | (text == CR)
+        if self.newline == b"\r\n":
+            ended_by_cr = (lasts > firsts) & (text[np.maximum(lasts - 1, 0)] == CR)
+            suspects[lasts[ended_by_cr] - 1] = False
+            for place in np.flatnonzero(~ended_by_cr).tolist():
+                problems.setdefault(place, self._wrong_line_end())
+            lasts = lasts - ended_by_cr
+        elif self.newline == b"\r":
+            suspects &= text != CR
+            suspects |= text == LF
+        records = [data[start:stop] for start, stop in zip(firsts.tolist(), lasts.tolist(), strict=True)]
+        suspects = suspects[:rest]
+        places = np.unique(np.searchsorted(firsts, np.flatnonzero(suspects), side="right") - 1)
+        for place in [*places.tolist(), *np.flatnonzero(lasts - firsts == 2).tolist()]:
+            problem = self._problem(records[place]) if place not in problems else None
+            if problem is not None:
+                problems[place] = problem
+        for place, problem in _not_utf8(data[:rest], starts):
+            problems.setdefault(place, problem)
+        lines = (np.searchsorted(line_ends, firsts) + line).tolist()
+        return Records(records, lines, problems, int(np.searchsorted(line_ends, rest))), rest
+
+    def _problem(self, record: bytes) -> str | None:
+        """Why PostgreSQL would not read a record, or not on every version, whatever the columns are."""
+        if record == rb"\.":
+            return END_OF_DATA
+        if b"\0" in record:
+            return "a NUL byte"
+        outside = QUOTED.sub(b"", record)
+        return self._wrong_line_end() if b"\r" in outside or b"\n" in outside else None
+
+    def _wrong_line_end(self) -> str:
+        return f"a line end unlike that of the header, which is {self.newline.decode()!r}"
+
+    def _check_unchanged(self) -> None:
+        now, before = os.fstat(self._file.fileno()), self._stat
+        if (now.st_size, now.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
+            raise BatchError(
+                f"{self.path}: the file changed while it was read ({before.st_size:,} bytes, then {now.st_size:,}): "
+                f"it is still being written. Write it beside and rename it when it is whole."
+            )
+
+    def _start(self) -> bytes:
+        """The first bytes of the text. Refuses what is visibly not a whole CSV file."""
+        source: Any = gzip.GzipFile(fileobj=self._file) if self.is_gzip else self._file
+        try:
+            start = bytes(source.read(HEADER_BYTES))
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise BatchError(f"{self.path}: the gzip file is damaged or cut off: {error}. Deliver it again.") from None
+        text = start.removeprefix(BOM)
+        if not text.strip():
+            raise BatchError(f"{self.path}: the file is empty. A batch without rows has a header all the same.")
+        for magic, what in NOT_CSV.items():
+            if text.lstrip().startswith(magic):
+                raise BatchError(f"{self.path}: not a CSV file but {what}")
+        if not self.is_gzip:  # of a packed file the end is seen when it is reached
+            self._file.seek(-1, os.SEEK_END)
+            if self._file.read(1) not in (b"\n", b"\r"):
+                raise self._cut_off()
+        return start
+
+    def _first_record(self, start: bytes) -> tuple[bytes, bytes]:
+        """The header line and the line end behind it."""
+        match = FIRST_RECORD.match(start)
+        if match is None:
+            problem = (
+                "a quote in it is not closed" if b'"' in start else f"no line ends in its first {len(start):,} bytes"
+            )
+            raise BatchError(f"{self.path}, line 1: the header can't be read: {problem}")
+        return match[1], match[2]
+
+    def _names(self) -> list[str]:
+        text = self.header.decode("utf-8", errors="replace")
+        try:
+            return next(csv.reader(io.StringIO(text, newline=""), strict=True), [])
+        except csv.Error as error:
+            raise BatchError(f"{self.path}, line 1: the header can't be read: {error}") from None
+
+    def _cut_off(self) -> BatchError:
+        return BatchError(
+            f"{self.path}: the last line has no line end, so the file is cut off or still being written. "
+            f"If it is whole, add the line end."
+        )
+
+
+class _Hashed(RawIOBase):
+    """What is read from a file, with the SHA-256 of it."""
+
+    def __init__(self, file: FileIO) -> None:
+        self._file = file
+        self.digest = hashlib.sha256()
+
+    def readable(self) -> bool:
+        return True
+
+    def read(self, size: int = -1) -> bytes:
+        data = self._file.read(size)
+        self.digest.update(data)
+        return data
+
+
+def fields(record: bytes) -> list[bytes]:
+    """The fields of a record without stray quotes, as they stand in it, their quotes included."""
+    found = []
+    position = 0
+    while True:
+        match = FIELD.match(record, position)
+        if match is None:
+            raise ValueError("the record has a stray quote")
+        found.append(match[1])
+        if match.end() == match.end(1):
+            return found
+        position = match.end()
+
+
+def find_stray_quote(window: bytes, quotes: int) -> int | None:
+    """Where a quote stands that neither begins nor ends a field nor is doubled: its offset in the block, or None.
+
+    PostgreSQL begins and ends quoting anywhere in a field: a stray pair vanishes, and what is between two strays, line
+    ends included, becomes one field.
+
+    :param window: the last byte of the block before, then the block.
+    :param quotes: number of quotes before the block; after an even number the next one begins a field.
+    """
+    text = np.frombuffer(window, np.uint8)
+    places = np.flatnonzero(text[1:] == QUOTE) + 1
+    begins = (quotes + np.arange(len(places))) % 2 == 0
+    # The first byte of this block is after the last of the one before: a quote that ended there is looked at now.
+    ended_before = window[:1] == b'"' and quotes % 2 == 0
+    if ended_before and not BESIDE_A_QUOTE[text[1]]:
+        return 0
+    after = text[np.minimum(places + 1, len(text) - 1)]
+    fits = np.where(begins, BESIDE_A_QUOTE[text[places - 1]], BESIDE_A_QUOTE[after] | (places + 1 == len(text)))
+    strays = places[~fits]
+    return int(strays[0]) - 1 if len(strays) else None
+
+
+def _not_utf8(data: bytes, starts: list[int]) -> Iterator[tuple[int, str]]:
+    """Which of the records that start there are not UTF-8 text, and where."""
+    view = memoryview(data)
+    start = 0
+    while start < len(data):
+        try:
+            str(view[start:], "utf-8")
+        except UnicodeDecodeError as error:
+            wrong = start + error.start
+            place = bisect_right(starts, wrong) - 1
+            yield place, f"not UTF-8: byte 0x{data[wrong]:02x} at position {wrong - starts[place] + 1} of the record"
+            start = starts[place + 1] if place + 1 < len(starts) else len(data)
+        else:
+            break
+
+
+def _next(sorted_numbers: NDArray[np.int64], least: int) -> Any:
+    """The first of them that is not less than least, or None."""
+    place = np.searchsorted(sorted_numbers, least)
+    return int(sorted_numbers[place]) if place < len(sorted_numbers) else None
+
+
+def _open(path: Path) -> FileIO:
+    try:
+        # O_NONBLOCK: opening a FIFO would wait for its writer, for ever.
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise BatchError(
+            f"{path!s}: {getattr(error, 'strerror', error)}. Has the file been moved, or not been delivered yet?"
+        ) from None
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise BatchError(f"{path}: not a regular file")
+    return FileIO(fd, "rb")

@@ -1,0 +1,356 @@
+"""dags/batch_rejects.py: bad records are kept and explained, good ones loaded, and PostgreSQL says which is which."""
+
+import csv
+import io
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import batch_file
+import psycopg
+import pytest
+from batch_file import BatchFile
+from batch_load import BatchError, Load, load_batch
+from batch_rejects import Limit
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from psycopg import sql
+
+from tests.conftest import DatabaseServer, Warehouse
+from tests.dags.test_batch_load import HEADER, row
+
+COLUMNS = HEADER.strip().split(",")
+REJECTS = "SELECT line_number, column_name, reason FROM raw.orders_rejects ORDER BY load_id, line_number"
+
+
+@pytest.fixture
+def load(warehouse: Warehouse, tmp_path: Path) -> Callable[..., Load]:
+    """Write a file and load it, with any number of rejects."""
+
+    def load_(content: str | bytes, batch_id: str = "a", **options: Any) -> Load:
+        path = tmp_path / "orders.csv"
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+        with warehouse.connect() as conn:
+            return load_batch(
+                conn, table="raw.orders", batch_id=batch_id, path=path, **({"max_rejects": "100%"} | options)
+            )
+
+    return load_
+
+
+def ids(warehouse: Warehouse) -> list[int]:
+    return [order_id for (order_id,) in warehouse.rows("SELECT order_id FROM raw.orders ORDER BY row_id")]
+
+
+BAD = {
+    "wrong type": (row("x"), "order_id", 'invalid input syntax for type bigint: "x"'),
+    "wrong type in quotes": (row(quantity='"a ""b"""'), "quantity", 'invalid input syntax for type integer: "a "b""'),
+    "out of range": (row(quantity="99999999999"), "quantity", 'value "99999999999" is out of range for type integer'),
+    "no date": (row(updated_at="2026-02-30"), "updated_at", 'date/time field value out of range: "2026-02-30"'),
+    "guess at a date": (row(updated_at="03/04/2026"), "updated_at", "date/time field value out of range"),
+    "missing field": ("1,2\n", None, 'missing data for column "customer_email"'),
+    "extra field": (row().replace("paid", "paid,paid"), None, "extra data after last expected column"),
+    "empty line": ("\n", None, 'missing data for column "customer_name"'),
+    "NULL": (row(updated_at=""), "updated_at", 'null value in column "updated_at"'),
+    "constraint": (row(quantity=-1), "quantity", 'violates check constraint "quantity_is_positive"'),
+    "infinity": (row(updated_at="infinity"), "updated_at", 'violates check constraint "updated_at_is_finite"'),
+    "future": (row(updated_at="2999-01-01"), "updated_at", '"updated_at_is_not_in_the_future"'),
+    "NaN": (row().replace("9.99", "NaN"), "unit_price", 'violates check constraint "unit_price_is_finite"'),
+    "NUL": (row(product="a\0b"), None, "a NUL byte"),
+    "unclosed quote": (row().replace('"Desk"', '"Desk'), None, "a quoted field that never ends"),
+    "stray quote": (row().replace("Ann", 'A"nn'), None, "a quote inside a field"),
+    "quote not doubled": (row(product='24" wide'), None, "a quote inside a field"),
+    "end of data": ("\\.\n", None, r"a line of just \., the end of the data"),
+    "carriage return": (row().replace("Ann", "An\rn"), None, "a line end unlike that of the header"),
+    "parenthesis": (row("1)"), "order_id", 'invalid input syntax for type bigint: "1)"'),
+    "backslash": (row("\\1"), "order_id", 'invalid input syntax for type bigint: "\\1"'),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_record_of_each_class_is_kept_and_the_others_are_loaded(
+    warehouse: Warehouse, load: Callable[..., Load], name: str
+) -> None:
+    bad, column, reason = BAD[name]
+
+    loaded = load(HEADER + row(1) + bad + row(3) + bad + row(5, product='24"" wide') + bad, max_rejects=3)
+
+    assert (loaded.rows, loaded.rejects) == (3, 3)
+    assert ids(warehouse) == [1, 3, 5]
+    kept = warehouse.rows("SELECT load_id, line_number, line, line_bytes, column_name FROM raw.orders_rejects")
+    assert sorted(kept) == [
+        (loaded.load_id, line, bad[:-1].replace("\0", "\\x00"), bad[:-1].encode() if "\0" in bad else None, column)
+        for line in (3, 5, 7)
+    ]
+    assert {text for (_, _, text) in warehouse.rows(REJECTS) if reason not in text} == set()
+    assert warehouse.rows("SELECT rows, rejects FROM raw.loads") == [(3, 3)]
+
+
+def test_all_classes_in_one_file_come_out_each_on_its_line(warehouse: Warehouse, load: Callable[..., Load]) -> None:
+    lines = [HEADER]
+    for number, (bad, _, _) in enumerate(BAD.values()):
+        lines += [row(number, product='a\nb, ""c""'), bad]
+
+    loaded = load("".join(lines))
+
+    assert loaded.rejects == len(BAD)
+    assert ids(warehouse) == list(range(len(BAD)))
+    found = warehouse.rows(REJECTS)
+    assert [(line, column) for line, column, _ in found] == [
+        (4 + 3 * number, column) for number, (_, column, _) in enumerate(BAD.values())
+    ]
+    assert all(reason in text for (_, _, text), (_, _, reason) in zip(found, BAD.values(), strict=True))
+
+
+def test_bytes_that_are_no_utf8_are_kept_as_they_are(warehouse: Warehouse, load: Callable[..., Load]) -> None:
+    latin = row(2, product="Büro").encode("latin-1")
+
+    load((HEADER + row(1)).encode() + latin + row(3, product="Büro").encode())
+
+    assert ids(warehouse) == [1, 3]
+    assert warehouse.rows("SELECT line_number, line, line_bytes, reason FROM raw.orders_rejects") == [
+        (3, row(2, product="B\\xfcro")[:-1], latin[:-1], "not UTF-8: byte 0xfc at position 23 of the record")
+    ]
+
+
+@pytest.mark.parametrize("newline", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("bom", ["", "\ufeff"])
+@pytest.mark.parametrize("chunk", [1, 300, 4_000_000])
+def test_line_ends_mark_and_chunks_change_nothing(
+    warehouse: Warehouse,
+    load: Callable[..., Load],
+    monkeypatch: pytest.MonkeyPatch,
+    newline: str,
+    bom: str,
+    chunk: int,
+) -> None:
+    monkeypatch.setattr(batch_file, "CHUNK_BYTES", chunk)
+    monkeypatch.setattr(batch_file, "BLOCK_BYTES", max(chunk // 2, 7))
+    bad = row(2).replace('"Desk"', '"Desk')
+
+    load(bom + (HEADER + row(1) + bad + row(3, product="a\nb") + row("x") + row(5)).replace("\n", newline))
+
+    assert ids(warehouse) == [1, 3, 5]
+    assert warehouse.rows("SELECT line_number, line FROM raw.orders_rejects ORDER BY 1") == [
+        (3, bad[:-1]),
+        (6, row("x")[:-1]),
+    ]
+    assert warehouse.rows("SELECT product FROM raw.orders WHERE order_id = 3") == [(f"a{newline}b",)]
+
+
+@pytest.mark.parametrize(
+    ("max_rejects", "fits"),
+    [(0, False), (1, False), (2, True), ("2", True), ("1%", False), ("1.99%", False), ("2%", True), ("100%", True)],
+)
+def test_limit_is_a_number_or_a_share_of_the_records(
+    warehouse: Warehouse, load: Callable[..., Load], max_rejects: int | str, fits: bool
+) -> None:
+    content = HEADER + row("x") + "".join(map(row, range(98))) + row("y")
+
+    if fits:
+        assert load(content, max_rejects=max_rejects).rejects == 2
+    else:
+        with pytest.raises(BatchError, match=rf"2 of 100 records are bad, max_rejects is {max_rejects}\."):
+            load(content, max_rejects=max_rejects)
+
+    assert len(ids(warehouse)) == (98 if fits else 0)
+    assert len(warehouse.rows(REJECTS)) == (2 if fits else 0)
+    assert len(warehouse.rows("SELECT * FROM raw.loads")) == fits
+
+
+@pytest.mark.parametrize("max_rejects", [-1, "-1", "", "%", "101%", "1.5", "many", "1e3", "٣", True, None])
+def test_what_is_no_limit_is_refused(max_rejects: Any) -> None:
+    with pytest.raises(ValueError, match="max_rejects is a number of records or a percentage"):
+        Limit(max_rejects)
+
+
+def test_error_lists_the_first_ten_with_line_column_value_and_reason(
+    warehouse: Warehouse, load: Callable[..., Load]
+) -> None:
+    bad = "".join(row(f"x{number}") for number in range(1500))
+
+    with pytest.raises(BatchError) as refusal:
+        load(HEADER + row(1) + bad + row(2), max_rejects=5)
+
+    message = str(refusal.value).splitlines()
+    assert "1,500 of 1,502 records are bad, max_rejects is 5. Nothing was loaded." in message[0]
+    assert message[1:11] == [
+        f"  line {number + 3}, column order_id, value 'x{number}': invalid input syntax for type bigint: \"x{number}\""
+        for number in range(10)
+    ]
+    assert message[11] == "  and 1,490 more"
+    assert ids(warehouse) == []
+
+
+def test_clean_file_does_not_come_this_way(
+    load: Callable[..., Load], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(BatchFile, "records", None)
+
+    assert load(HEADER + row(1), max_rejects="50%").rows == 1
+
+
+def test_batch_with_rejects_is_loaded_once_as_well(warehouse: Warehouse, load: Callable[..., Load]) -> None:
+    load(HEADER + row(1) + row("x"))
+
+    assert not load(HEADER + row(1) + row("x")).is_new
+    assert not load(HEADER + row(1) + row("x"), max_rejects=0).is_new
+    assert not load(HEADER + row(1) + row("x"), "b").is_new
+
+    assert (ids(warehouse), len(warehouse.rows(REJECTS))) == ([1], 1)
+
+
+def test_rejects_are_exported_as_csv_mended_and_loaded_as_a_batch(
+    warehouse: Warehouse, load: Callable[..., Load], server: DatabaseServer
+) -> None:
+    header = ",".join(reversed(COLUMNS)) + "\n"
+    record = ",".join(reversed(next(csv.reader(io.StringIO(row("?"))))))
+    odd = record.replace("Desk", '"Desk, ""wide""\n\\ tab\t"')
+    loaded = load(header + record.replace("?", "1") + "\n" + odd + "\n")
+    operations = (Path(batch_file.__file__).parents[1] / "docs" / "operations.md").read_text()
+    query = next(part for part in operations.split("\n\n") if "AS file (line_number, line)" in part)
+
+    exported = subprocess.run(
+        [server.binaries / "psql", "-XAt", "-c", query.replace("12345", str(loaded.load_id)), warehouse.url],
+        capture_output=True,
+        check=True,
+    ).stdout.decode()
+
+    assert exported == header + odd + "\n"
+    load(exported.replace(",?\n", ",2\n"), "b", max_rejects=0)
+    assert ids(warehouse) == [1, 2]
+    assert warehouse.rows("SELECT product FROM raw.orders WHERE order_id = 2") == [('Desk, "wide"\n\\ tab\t',)]
+
+
+def test_constraint_that_only_copy_can_judge_is_asked_of_copy(warehouse: Warehouse, load: Callable[..., Load]) -> None:
+    with warehouse.connect("") as conn:
+        conn.execute("CREATE UNIQUE INDEX order_is_there_once ON raw.orders (order_id)")
+        conn.execute("ALTER TABLE raw.orders ADD CONSTRAINT price_divides CHECK (1 / (quantity - 7) < 1000)")
+        conn.execute("ALTER TABLE raw.orders ADD CONSTRAINT has_load CHECK (load_id > 0)")
+
+    load(HEADER + row(1) + row(2) + row(1) + row(3, quantity=7) + row(4, product="a\nb") + row(2) + row("x") + row(5))
+
+    assert ids(warehouse) == [1, 2, 4, 5]
+    assert [(line, reason) for line, _, reason in warehouse.rows(REJECTS)] == [
+        (4, 'duplicate key value violates unique constraint "order_is_there_once"'),
+        (5, "division by zero"),
+        (8, 'duplicate key value violates unique constraint "order_is_there_once"'),
+        (9, 'invalid input syntax for type bigint: "x"'),
+    ]
+
+
+def test_table_without_a_quarantine_is_told_how_to_get_one(warehouse: Warehouse, load: Callable[..., Load]) -> None:
+    with warehouse.connect("") as conn:
+        conn.execute("DROP TABLE raw.orders_rejects")
+
+    with pytest.raises(BatchError, match=r"there is no table raw\.orders_rejects"):
+        load(HEADER + row("x"))
+    with pytest.raises(BatchError, match="line 2, column order_id, value 'x'"):
+        load(HEADER + row("x"), max_rejects=0)
+    assert load(HEADER + row(1)).rows == 1
+
+
+def test_two_files_in_one_transaction_and_a_session_that_goes_on(warehouse: Warehouse, tmp_path: Path) -> None:
+    path = tmp_path / "orders.csv"
+    with warehouse.connect() as conn:
+        for number in range(12):  # psycopg prepares what is run often: the plans must not outlive their tables
+            path.write_text(HEADER + row(number) + row("x") + row(number, quantity=-1))
+            load_batch(conn, table="raw.orders", batch_id=str(number), path=path, max_rejects=2)
+            if number % 3 == 0:
+                conn.commit()
+
+    assert ids(warehouse) == list(range(12))
+
+
+# The files of the next test: what may stand in a field, in three columns of three types and rules of each kind.
+ODD = """
+CREATE DOMAIN public.percent AS integer CHECK (value BETWEEN 0 AND 100);
+CREATE TYPE public.mood AS ENUM ('sad', 'ok');
+CREATE TABLE raw.odd (
+    number public.percent, word varchar(3), amount numeric(4, 2), mood public.mood, day date NOT NULL,
+    row_id bigint GENERATED ALWAYS AS IDENTITY, load_id bigint DEFAULT current_setting('de_dw.load_id')::bigint,
+    CONSTRAINT word_is_no_number CHECK (word <> '12'), CONSTRAINT day_or_amount CHECK (day > '2020-01-01' OR amount > 0)
+);
+CREATE TABLE raw.odd_rejects (LIKE raw.orders_rejects INCLUDING DEFAULTS);
+GRANT INSERT, SELECT ON raw.odd, raw.odd_rejects TO de_dw_pipeline;
+"""
+NAMES = ["number", "word", "amount", "mood", "day"]
+FIELD = st.one_of(
+    st.sampled_from(
+        ["1", "100", "101", " 7 ", "abc", "abc  ", "abcd", "12", "9.999", "99.995", "-1", "1e1", "ok", "OK"]
+    ),
+    st.sampled_from(
+        ["2026-01-01", "2019-01-01", "infinity", "NaN", "now", "Jan 5 2021", "1/2/2021", "0x10", "1_0", ""]
+    ),
+    st.text(alphabet='",\n\r\\.()a1 ', max_size=4),
+)
+
+
+def written(field: str, quoting: int) -> str:
+    """As a CSV writer would, always, or not at all."""
+    doubled = '"' + field.replace('"', '""') + '"'
+    needed = any(char in field for char in '",\r\n')
+    return doubled if quoting == 2 or (quoting == 1 and needed) else field
+
+
+RECORD = st.one_of(
+    st.tuples(
+        *[st.sampled_from(values) for values in (["1", "7"], ["a", ""], ["1.5", ""], ["ok", ""], ["2021-05-05"])]
+    ),
+    st.lists(FIELD, min_size=1, max_size=6),
+    st.tuples(FIELD, FIELD, FIELD, FIELD, FIELD),
+)
+FILE = st.lists(st.tuples(RECORD, st.lists(st.sampled_from([1, 1, 2]), min_size=6, max_size=6)), max_size=8)
+
+
+@pytest.fixture(scope="module")
+def odd(server: DatabaseServer, template: str) -> Any:
+    url = server.make(template=template)
+    with psycopg.connect(url) as conn:
+        conn.execute(ODD.encode())
+    yield Warehouse(url, server)
+    server.drop(url)
+
+
+@settings(max_examples=400, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow])
+@given(file=FILE, newline=st.sampled_from(["\n", "\r\n"]))
+def test_a_record_is_good_exactly_when_copy_alone_would_take_it(
+    odd: Warehouse, tmp_path_factory: pytest.TempPathFactory, file: Any, newline: str
+) -> None:
+    records = [
+        ",".join(written(field, how) for field, how in zip(fields, quoting, strict=False)).encode()
+        for fields, quoting in file
+    ]
+    end = newline.encode()
+    path = tmp_path_factory.mktemp("odd") / "odd.csv"
+    path.write_bytes(",".join(NAMES).encode() + end + b"".join(record + end for record in records))
+    statement = sql.SQL("COPY raw.odd ({}) FROM STDIN (FORMAT csv)").format(
+        sql.SQL(", ").join(map(sql.Identifier, NAMES))
+    )
+    # What COPY says of each record alone, under the loader's settings; a line of \. it would not even see.
+    expected = []
+    content = "SELECT number, word, amount::text, mood, day FROM raw.odd WHERE load_id = %s ORDER BY row_id"
+    with odd.connect() as conn:
+        conn.execute("SET TimeZone = 'UTC'; SET DateStyle = 'ISO, YMD'; SET de_dw.load_id = -1")
+        for record in records:
+            try:
+                with conn.transaction(), conn.cursor().copy(statement) as copy:
+                    copy.write(record + end)
+                expected.append(record == rb"\.")
+            except (psycopg.DataError, psycopg.IntegrityError):
+                expected.append(True)
+        rows = conn.execute(content, (-1,)).fetchall()
+        conn.rollback()
+
+        loaded = load_batch(conn, table="raw.odd", batch_id=str(path), path=path, max_rejects="100%", load_again=True)
+
+        rejected = [
+            bytes_ or line.encode()
+            for line, bytes_ in conn.execute(
+                "SELECT line, line_bytes FROM raw.odd_rejects WHERE load_id = %s ORDER BY line_number",
+                (loaded.load_id,),
+            )
+        ]
+        assert rejected == [record for record, is_bad in zip(records, expected, strict=True) if is_bad]
+        assert conn.execute(content, (loaded.load_id,)).fetchall() == rows
