@@ -81,9 +81,10 @@ def report_rows(context: Any, rows: int) -> None:
         ),
         "max_rejects": Param(
             "0",
-            type=["string", "integer"],
-            pattern=r"^\s*([0-9]+|(100|[0-9]{1,2}(\.[0-9]+)?)\s*%)\s*$",
-            minimum=0,
+            anyOf=[  # with a list of types the form would have a box of many lines
+                {"type": "string", "pattern": r"^\s*([0-9]+|(100|[0-9]{1,2}(\.[0-9]+)?)\s*%)\s*$"},
+                {"type": "integer", "minimum": 0},
+            ],
             title="Bad records allowed",
             description="A number, or a percentage such as 1%. They are kept in raw.orders_rejects, the others loaded",
         ),

@@ -272,7 +272,7 @@ def main() -> int:
     commands.add_parser("up", help="the Airflow UI until Ctrl-C").add_argument(
         "--port",
         type=int,
-        default=int(os.environ.get("PORT", 0)) or None,
+        default=int(os.environ.get("PORT") or 0) or None,
         help="of the UI; default 8080, or a free one",
     )
     commands.add_parser("down", help="stop what runs")
