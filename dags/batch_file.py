@@ -166,7 +166,7 @@ class BatchFile:
         self._check_unchanged()
         if not last.endswith((b"\n", b"\r")):
             raise self._cut_off()
-        self.lines = lines
+        self.lines = lines + (not last.endswith(self.newline[-1:]))
         self.sha256 = hashed.digest.hexdigest()
 
     def records(self) -> Iterator[Records]:

@@ -218,7 +218,7 @@ def load_good_records(
     if limit.number > 0:
         _check_quarantine(cur, quarantine)
     listed: list[Reject] = []
-    rows = rejects = records = line_ends = 0
+    rows = rejects = records = lines = 0
     for chunk in _ahead(file.records()):
         # Once there are too many they are only counted; and without a limit one is too many.
         over = limit.number == 0 or not (limit.is_share or limit.allows(rejects, 0))
@@ -230,7 +230,7 @@ def load_good_records(
         rejects += len(bad)
         rows += len(chunk.data) - len(bad)
         records += len(chunk.data)
-        line_ends += chunk.line_ends
+        lines += b"".join(chunk.data).count(file.newline[-1:]) + len(chunk.data)
     if limit.number == 0 or not limit.allows(rejects, records):
         raise BatchError(_refusal(file, limit, listed, first_problem, rejects, records))
 
@@ -240,7 +240,7 @@ def load_good_records(
         )
     )
     ((kept,),) = cur.fetchall()
-    if sorter.copied + kept != records or file.header_lines + line_ends != file.lines:
+    if sorter.copied + kept != records or file.header_lines + lines != file.lines:
         raise BatchError(
             f"{file.path}: {sorter.copied:,} rows loaded and {kept:,} rejected are not the {records:,} records on "
             f"{file.lines:,} lines of the file. Nothing was loaded. This is a mistake in the loader: please report it."

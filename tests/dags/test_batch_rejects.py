@@ -10,7 +10,7 @@ from typing import Any
 import batch_file
 import psycopg
 import pytest
-from batch_file import BatchFile
+from batch_file import BatchFile, Records
 from batch_load import BatchError, Load, load_batch
 from batch_rejects import Limit
 from hypothesis import HealthCheck, given, settings
@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from psycopg import sql
 
 from tests.conftest import DatabaseServer, Warehouse
-from tests.dags.test_batch_load import HEADER, row
+from tests.dags.test_batch_load import HEADER, STATES, row
 
 COLUMNS = HEADER.strip().split(",")
 REJECTS = "SELECT line_number, column_name, reason FROM raw.orders_rejects ORDER BY load_id, line_number"
@@ -191,6 +191,34 @@ def test_clean_file_does_not_come_this_way(
     assert load(HEADER + row(1), max_rejects="50%").rows == 1
 
 
+@pytest.mark.parametrize("lost", ["good", "bad", "twice"])
+def test_load_that_is_not_all_of_the_file_is_undone(
+    warehouse: Warehouse, load: Callable[..., Load], monkeypatch: pytest.MonkeyPatch, lost: str
+) -> None:
+    whole = BatchFile.records
+
+    def some(file: BatchFile) -> Any:
+        for chunk in whole(file):
+            places = {"good": [0, 2, 3], "bad": [0, 2], "twice": [0, 0, 1, 2, 3]}[lost]
+            data, lines = [chunk.data[place] for place in places], [chunk.lines[place] for place in places]
+            yield Records(data, lines, {}, chunk.line_ends)
+
+    monkeypatch.setattr(BatchFile, "records", some)
+
+    with pytest.raises(BatchError, match=r"Nothing was loaded\. This is a mistake in the loader"):
+        load(HEADER + row(1) + row("x") + row(2) + row("y"))
+    assert (ids(warehouse), warehouse.rows(REJECTS)) == ([], [])
+
+
+def test_bare_carriage_return_at_the_end_of_the_file_is_a_bad_record(
+    warehouse: Warehouse, load: Callable[..., Load]
+) -> None:
+    load(HEADER + row(1) + row(2)[:-1] + "\r", max_rejects=1)
+
+    assert ids(warehouse) == [1]
+    assert [(line, reason[:10]) for line, _, reason in warehouse.rows(REJECTS)] == [(3, "a line end")]
+
+
 def test_batch_with_rejects_is_loaded_once_as_well(warehouse: Warehouse, load: Callable[..., Load]) -> None:
     load(HEADER + row(1) + row("x"))
 
@@ -263,6 +291,61 @@ def test_two_files_in_one_transaction_and_a_session_that_goes_on(warehouse: Ware
     assert ids(warehouse) == list(range(12))
 
 
+def cut(text: str) -> list[tuple[str, int, bool]]:
+    """Records, the line each begins on, and whether its quotes are right: byte by byte, as slowly as can be."""
+    records, start = [], 0
+    while start < len(text):
+        state: str | None = "start"
+        place = start
+        while place < len(text) and state and not (state != "quoted" and text[place] == "\n"):
+            state = STATES[state][text[place]]
+            place += 1
+        is_right = place < len(text) and state is not None
+        stop = place if is_right else text.index("\n", start)
+        records.append((text[start:stop], 2 + text.count("\n", 0, start), is_right))
+        start = stop + 1
+    return records
+
+
+@settings(max_examples=500, deadline=None, database=None)
+@given(text=st.text(alphabet='"",\na', max_size=60), block_bytes=st.integers(1, 21), chunk_bytes=st.integers(1, 21))
+def test_records_are_cut_where_quotes_say_and_a_wrong_one_ends_with_its_line(
+    tmp_path_factory: pytest.TempPathFactory, text: str, block_bytes: int, chunk_bytes: int
+) -> None:
+    path = tmp_path_factory.mktemp("cut") / "file.csv"
+    path.write_text(f"x\n{text}\n")
+
+    with pytest.MonkeyPatch.context() as patch, BatchFile(path) as file:
+        patch.setattr(batch_file, "BLOCK_BYTES", block_bytes)
+        patch.setattr(batch_file, "CHUNK_BYTES", chunk_bytes)
+        chunks = list(file.records())
+
+    assert [
+        (data.decode(), line, place not in chunk.problems)
+        for chunk in chunks
+        for place, (data, line) in enumerate(zip(chunk.data, chunk.lines, strict=True))
+    ] == cut(f"{text}\n")
+    assert file.lines == file.header_lines + sum(chunk.line_ends for chunk in chunks)
+
+
+def test_quoted_field_may_be_large_and_one_without_end_is_given_up(
+    warehouse: Warehouse, load: Callable[..., Load], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batch_file, "CHUNK_BYTES", 1000)
+    large = "x\n" * 1_000_000
+    load(HEADER + row("x") + row(1, product=large) + row(2), max_rejects=1)
+
+    assert ids(warehouse) == [1, 2]
+    assert warehouse.rows("SELECT length(product) FROM raw.orders WHERE order_id = 1") == [(2_000_000,)]
+
+    monkeypatch.setattr(batch_file, "RECORD_BYTES", 10_000)
+    open_ = row(3).replace('"Desk"', '"Desk')
+    plain = "".join(row(number).replace('"', "") for number in range(4, 1000))
+    load(HEADER + open_ + plain, "b", max_rejects=1)
+
+    assert ids(warehouse) == [1, 2, *range(4, 1000)]
+
+
 # The files of the next test: what may stand in a field, in three columns of three types and rules of each kind.
 ODD = """
 CREATE DOMAIN public.percent AS integer CHECK (value BETWEEN 0 AND 100);
@@ -330,7 +413,7 @@ def test_a_record_is_good_exactly_when_copy_alone_would_take_it(
     )
     # What COPY says of each record alone, under the loader's settings; a line of \. it would not even see.
     expected = []
-    content = "SELECT number, word, amount::text, mood, day FROM raw.odd WHERE load_id = %s ORDER BY row_id"
+    content = "SELECT number, word, amount::text, mood::text, day::text FROM raw.odd WHERE load_id = %s ORDER BY row_id"
     with odd.connect() as conn:
         conn.execute("SET TimeZone = 'UTC'; SET DateStyle = 'ISO, YMD'; SET de_dw.load_id = -1")
         for record in records:
