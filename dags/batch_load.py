@@ -144,10 +144,9 @@ def load_batch(
                 )
             first = _find(cur, table, sha256=digest)
         found = found or (first if not load_again else None)
-        is_new = not found
+        is_new = False
         if not found:
-            found = _load(cur, table, batch_id, file, updated_at, limit, first.load_id if first else None)
-            is_new = found.batch_id == batch_id
+            found, is_new = _load(cur, table, batch_id, file, updated_at, limit, first.load_id if first else None)
             if load_again and not is_new:
                 raise errors.SerializationFailure(
                     f"another loader has just brought the same bytes as batch {found.batch_id}: call again"
@@ -232,14 +231,13 @@ def _load(
     updated_at: datetime | None,
     limit: Limit,
     repeat_of: int | None,
-) -> _LedgerRow:
-    """Bring the rows and the ledger row, or find that another loader has just brought the same bytes."""
+) -> tuple[_LedgerRow, bool]:
+    """Bring the rows and the ledger row (True), or find that another loader has just brought the same bytes (False)."""
     # Numbers that this session kept in its cache are older than those another session has used since: without this,
     # row_id would not be the order of arrival.
     cur.execute("DISCARD SEQUENCES")
     cur.execute("SELECT id, set_config('de_dw.load_id', id::text, true) FROM nextval('raw.loads_load_id_seq') AS id")
     (load_id, _) = cur.fetchone() or (0, "")
-    found: _LedgerRow | None = None
     with cur.connection.transaction():
         try:
             with cur.connection.transaction():
@@ -263,13 +261,13 @@ def _load(
                 repeat_of,
             ),
         )
-        if cur.rowcount == 0:
+        is_new = cur.rowcount == 1
+        if not is_new:
             raise Rollback  # another loader has committed the same bytes meanwhile: take our rows out again
-        found = row
-    found = found or _find(cur, table, sha256=file.sha256)
+    found = row if is_new else _find(cur, table, sha256=file.sha256)
     if not found:  # a caller under REPEATABLE READ can't see it; nor is it there if somebody took our load_id by hand
         raise errors.SerializationFailure(f"raw.loads has got a row of batch {batch_id}, or load {load_id}: call again")
-    return found
+    return found, is_new
 
 
 def _copy(cur: Cursor[Any], table: str, file: BatchFile) -> int:
