@@ -215,8 +215,8 @@ def _find(cur: Cursor[Any], table: str, **condition: object) -> _LedgerRow | Non
     """The first load of the table with this batch_id, sha256 or bytes."""
     ((column, value),) = condition.items()
     query = sql.SQL(
-        "SELECT {} FROM raw.loads WHERE table_name = %s AND {} = %s AND (rows > 0 OR {}) ORDER BY load_id LIMIT 1"
-    )  # batches without rows are all alike: only their batch_id tells them apart
+        "SELECT {} FROM raw.loads WHERE table_name = %s AND {} = %s AND (rows + rejects > 0 OR {}) ORDER BY load_id LIMIT 1"
+    )  # files without records are all alike: only the batch_id tells them apart
     names = sql.SQL(", ").join(map(sql.Identifier, _LedgerRow._fields))
     cur.execute(query.format(names, sql.Identifier(column), column == "batch_id"), (table, value))
     row = cur.fetchone()

@@ -229,6 +229,13 @@ def test_batch_with_rejects_is_loaded_once_as_well(warehouse: Warehouse, load: C
     assert (ids(warehouse), len(warehouse.rows(REJECTS))) == ([1], 1)
 
 
+def test_file_of_bad_records_only_is_kept_once_as_well(warehouse: Warehouse, load: Callable[..., Load]) -> None:
+    assert load(HEADER + row("x"), "a").is_new
+    assert not load(HEADER + row("x"), "b").is_new
+
+    assert len(warehouse.rows(REJECTS)) == 1
+
+
 def test_rejects_are_exported_as_csv_mended_and_loaded_as_a_batch(
     warehouse: Warehouse, load: Callable[..., Load], server: DatabaseServer
 ) -> None:
