@@ -14,11 +14,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import accumulate, chain
+from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 import numpy as np
 from batch_file import BatchError, BatchFile, Records, fields
-from psycopg import Cursor, DataError, Error, IntegrityError, ProgrammingError, sql
+from psycopg import Cursor, Error, OperationalError, ProgrammingError, sql
 from psycopg.abc import Buffer
 from psycopg.adapt import Dumper
 from psycopg.pq import Format
@@ -27,56 +28,73 @@ log = logging.getLogger(__name__)
 
 # How many rejects the error names when there are more than allowed.
 LISTED = 10
+# Records sent at once after one was refused; then twice as many, and so on.
+SHORT = 64
+# Why the numbers may differ.
+LOST = "Does a trigger of the table leave rows out? If not, this is a mistake in the loader: please report it."
 # Longest value in a message: the quarantine and the file have all of it.
 VALUE_CHARACTERS = 80
-# Errors that are about the data, not about the server, the connection or our rights.
-DATA_ERRORS = (DataError, IntegrityError)
+# Errors that are about a value: wrong in itself or against a constraint; and some that a type, a CHECK or a trigger may
+# raise for a value (a tsquery's syntax, something too deep or too long, RAISE EXCEPTION).
+DATA_CLASSES = ("22", "23")
+OTHER_DATA_ERRORS = ("42601", "54", "P0001")
 
 # A CSV record between parentheses is the text form of a row: the same quotes, the same NULL, but that \ and ) are
 # escaped. So the input function of a row type calls those of its columns, with length and scale, as COPY does. The
-# domain adds the table's rules. Both go with the transaction.
-CREATE_INCOMING = "CREATE TEMPORARY TABLE incoming ON COMMIT DROP AS SELECT {columns} FROM {table} WITH NO DATA"
-CREATE_GOOD_ROW = "CREATE DOMAIN pg_temp.good_row AS pg_temp.incoming CHECK ({rules})"
-CREATE_RULE = "CREATE OR REPLACE FUNCTION {name} ({columns}) RETURNS boolean LANGUAGE sql STABLE AS {body}"
-# The message of the row's input function, or NULL when it takes the record.
-INPUT_ERROR = "(pg_input_error_info(record, 'pg_temp.incoming')).message"
-IS_GOOD = "pg_input_is_valid(record, 'pg_temp.good_row')"
-# What 15 has instead. PERFORM, because an assignment that failed once makes all later ones of the transaction slower.
-INPUT_ERROR_15 = "pg_temp.error_of_incoming(record)"
-IS_GOOD_15 = "pg_temp.error_of_good_row(record) IS NULL"
+# domain adds the table's rules. {own} is a name that nobody else has.
+CREATE_ROW = "CREATE TEMPORARY TABLE {own} ON COMMIT DROP AS SELECT {columns} FROM {table} WITH NO DATA"
+CREATE_GOOD_ROW = "CREATE DOMAIN {own_good} AS {own} CHECK ({rules})"
+CREATE_RULE = "CREATE FUNCTION {name} ({columns}) RETURNS boolean LANGUAGE sql STABLE AS {body}"
+CREATE_BROKEN_RULE = "CREATE FUNCTION {name} (record text) RETURNS integer LANGUAGE sql STABLE AS {body}"
+# What 15 has instead of pg_input_error_info. PERFORM, because an assignment that failed once makes all later ones of
+# the transaction slower.
 CREATE_INPUT_ERROR_15 = """
-CREATE OR REPLACE FUNCTION pg_temp.error_of_{type} (record text) RETURNS text LANGUAGE plpgsql AS $$
+CREATE FUNCTION {name} (record text, type_name text) RETURNS text LANGUAGE plpgsql AS $$
 BEGIN
-    PERFORM record::pg_temp.{type};
+    EXECUTE 'SELECT $1::' || type_name USING record;
     RETURN NULL;
-EXCEPTION WHEN data_exception OR integrity_constraint_violation THEN
-    RETURN sqlerrm;
+EXCEPTION
+    WHEN data_exception OR integrity_constraint_violation OR syntax_error OR program_limit_exceeded OR raise_exception
+    THEN RETURN sqlerrm;
+END
+$$
+"""
+CREATE_IS_GOOD_15 = """
+CREATE FUNCTION {name} (record text) RETURNS boolean LANGUAGE plpgsql AS $$
+BEGIN
+    PERFORM record::{own_good};
+    RETURN true;
+EXCEPTION
+    WHEN data_exception OR integrity_constraint_violation OR syntax_error OR program_limit_exceeded OR raise_exception
+    THEN RETURN false;
 END
 $$
 """
 FIND_BAD = "SELECT n::integer - 1 FROM unnest(%s) WITH ORDINALITY AS received (record, n) WHERE NOT {is_good}"
 # Which rule is broken, by its number; -1 when it is not even a row.
 FIND_RULE = """
-SELECT CASE WHEN {input_error} IS NOT NULL THEN -1 ELSE {rule} END
+SELECT CASE WHEN {error} IS NOT NULL THEN -1 ELSE {broken_rule}(record) END
 FROM unnest(%s) WITH ORDINALITY AS received (record, n)
 ORDER BY n ASC
 """
-# The record with all fields but one left out, for each field: which of them is it that PostgreSQL does not take?
+# Which field of a record is it that PostgreSQL does not take? Each as a row of its own, of the type of its column.
 FIND_COLUMN = """
 SELECT DISTINCT ON (n) n, column_number, error
 FROM (
-    SELECT n, column_number, {input_error} AS error
+    SELECT n, column_number, {error} AS error
     FROM unnest(%s, %s::integer[], %s::integer[]) AS received (record, n, column_number)
 ) AS received
 WHERE error IS NOT NULL
 ORDER BY n ASC, column_number ASC
 """
-# NOT NULL before CHECK, and these by name, as PostgreSQL does. Not enforced constraints came with 18.
+# NOT NULL before CHECK, and these by name, as PostgreSQL does. Not enforced constraints came with 18. COPY alone can
+# judge a CHECK whose columns differ in collation, and all of them where a trigger may change the row before.
 RULES = """
 SELECT NULL, format('null value in column "%%s"', attname), ARRAY[attname], ARRAY[]::text[]
 FROM (SELECT attname::text FROM pg_attribute
     WHERE attrelid = %(table)s::regclass AND attnum > 0 AND attnotnull AND attname = ANY (%(columns)s)
     ORDER BY attnum) AS required
+WHERE {no_trigger}
 UNION ALL
 SELECT expression, reason, names, types
 FROM (SELECT pg_get_expr(conbin, conrelid) AS expression, format('violates check constraint "%%s"', conname) AS reason,
@@ -84,11 +102,46 @@ FROM (SELECT pg_get_expr(conbin, conrelid) AS expression, format('violates check
     FROM pg_constraint AS c INNER JOIN pg_attribute ON attrelid = conrelid AND attnum = ANY (conkey)
     WHERE conrelid = %(table)s::regclass AND contype = 'c' AND coalesce(to_jsonb(c) ->> 'conenforced', 'true') = 'true'
     GROUP BY c.oid, conbin, conrelid, conname
-    HAVING array_agg(attname::text) <@ %(columns)s::text[]
+    HAVING array_agg(attname::text) <@ %(columns)s::text[] AND count(DISTINCT nullif(attcollation, 0)) < 2
     ORDER BY conname) AS checks
-"""
+WHERE {no_trigger}
+""".replace(
+    "{no_trigger}",
+    """NOT EXISTS (
+    SELECT 1 FROM pg_trigger
+    WHERE tgtype & 7 = 7 AND tgenabled <> 'D' -- FOR EACH ROW, BEFORE, INSERT
+        AND (tgrelid = %(table)s::regclass OR tgrelid IN (SELECT relid FROM pg_partition_tree(%(table)s::regclass)))
+)""",
+)
 # Where a COPY error happened. Only the value of the column at fault is kept: the rest of the line is not for logs.
-COPY_CONTEXT = re.compile(r'^COPY .+?, line (\d+)(?:, column (.+?)(?:: "(.*)"|: null input)?)?(?:: ".*")?$', re.DOTALL)
+# It is the last of the lines: a type or a trigger may have put its own before.
+COPY_CONTEXT = re.compile(
+    r'(?:\A|\n)COPY .+?, line (\d+)(?:, column (.+?)(?:: "(.*)"|: null input)?)?(?:: ".*")?$', re.DOTALL
+)
+
+
+class Table(NamedTuple):
+    """A table by its one name, however it was spelled."""
+
+    schema: str
+    name: str
+
+    def __str__(self) -> str:
+        """As the ledger has it."""
+        return f"{self.schema}.{self.name}"
+
+    @property
+    def identifier(self) -> sql.Identifier:
+        return sql.Identifier(self.schema, self.name)
+
+    @property
+    def quoted(self) -> str:
+        """For a cast to regclass."""
+        return self.identifier.as_string(None)
+
+    @property
+    def quarantine(self) -> "Table":
+        return Table(self.schema, f"{self.name}_rejects")
 
 
 class Rule(NamedTuple):
@@ -111,7 +164,7 @@ class Problem(NamedTuple):
 
     @classmethod
     def of(cls, error: Error) -> Self:
-        match = COPY_CONTEXT.match(error.diag.context or "")
+        match = COPY_CONTEXT.search(error.diag.context or "")
         line, column, value = match.groups() if match else (None, None, None)
         reason = error.diag.message_primary or str(error)
         return cls(int(line) if line else None, column or error.diag.column_name, value, reason)
@@ -120,6 +173,12 @@ class Problem(NamedTuple):
         where = f"line {self.line}" if self.line else "a line that it does not name"
         where += f", column {self.column}" if self.column else ""
         return f"{where}, value {self.value!r}: {self.reason}" if self.value else f"{where}: {self.reason}"
+
+
+def is_about_data(error: Error) -> bool:
+    """Whether the server refused a value, and not us, the table or the disk."""
+    sqlstate = error.sqlstate or ""
+    return sqlstate.startswith(DATA_CLASSES) or sqlstate.startswith(OTHER_DATA_ERRORS)
 
 
 # What is wrong with a record: a text; what COPY said; None when PostgreSQL has to be asked again for the reason.
@@ -194,58 +253,52 @@ def printable(text: str) -> str:
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
-def copy_statement(table: str, columns: Sequence[str], options: str = "") -> sql.Composed:
+def copy_statement(table: Table, columns: Sequence[str], options: str = "") -> sql.Composed:
     """COPY FROM STDIN of CSV in UTF-8, into these columns of a table."""
     return sql.SQL("COPY {} ({}) FROM STDIN WITH (FORMAT csv, ENCODING 'UTF8'{})").format(
-        sql.Identifier(*table.split(".")), sql.SQL(", ").join(map(sql.Identifier, columns)), sql.SQL(options)
+        table.identifier, sql.SQL(", ").join(map(sql.Identifier, columns)), sql.SQL(options)
     )
 
 
 def load_good_records(
-    cur: Cursor[Any], table: str, file: BatchFile, limit: Limit, first_problem: str
+    cur: Cursor[Any], table: Table, file: BatchFile, limit: Limit, first_problem: str
 ) -> tuple[int, int]:
     """COPY the records that PostgreSQL takes, and keep the others in the table's quarantine.
 
     In the caller's transaction, which has the setting de_dw.load_id.
 
-    :param table: the full name; its quarantine is called the same with _rejects behind it.
     :param first_problem: what COPY said about the file.
     :returns: rows loaded, records rejected.
     :raises BatchError: more are bad than the limit allows: undo what was written, none of it may stay.
     """
-    sorter = _Sorter(cur, table, file)
-    quarantine = f"{table}_rejects"
     if limit.number > 0:
-        _check_quarantine(cur, quarantine)
+        _check_quarantine(cur, table.quarantine)
     listed: list[Reject] = []
-    rows = rejects = records = lines = 0
-    for chunk in _ahead(file.records()):
-        # Once there are too many they are only counted; and without a limit one is too many.
-        over = limit.number == 0 or not (limit.is_share or limit.allows(rejects, 0))
-        bad = sorter.sort(chunk, load=not over)
-        explained = sorter.explain(chunk, bad if not over else dict(list(bad.items())[: LISTED - len(listed)]))
-        if not over:
-            _keep(cur, quarantine, explained)
-        listed += explained[: LISTED - len(listed)]
-        rejects += len(bad)
-        rows += len(chunk.data) - len(bad)
-        records += len(chunk.data)
-        lines += b"".join(chunk.data).count(file.newline[-1:]) + len(chunk.data)
-    if limit.number == 0 or not limit.allows(rejects, records):
-        raise BatchError(_refusal(file, limit, listed, first_problem, rejects, records))
+    rejects = records = lines = 0
+    with _Sorter(cur, table, file) as sorter:
+        for chunk in _ahead(file.records()):
+            # Once there are too many they are only counted; and without a limit one is too many.
+            over = limit.number == 0 or not (limit.is_share or limit.allows(rejects, 0))
+            bad = sorter.sort(chunk, load=not over)
+            explained = sorter.explain(chunk, bad if not over else dict(list(bad.items())[: LISTED - len(listed)]))
+            if not over:
+                _keep(cur, table.quarantine, explained)
+            listed += explained[: LISTED - len(listed)]
+            rejects += len(bad)
+            records += len(chunk.data)
+            lines += b"".join(chunk.data).count(file.newline[-1:]) + len(chunk.data)
+        if limit.number == 0 or not limit.allows(rejects, records):
+            raise BatchError(_refusal(file, limit, listed, first_problem, rejects, records))
 
-    cur.execute(
-        sql.SQL("SELECT count(*) FROM {} WHERE load_id = current_setting('de_dw.load_id')::bigint").format(
-            sql.Identifier(*quarantine.split("."))
-        )
-    )
+    count = "SELECT count(*) FROM {} WHERE load_id = current_setting('de_dw.load_id')::bigint"
+    cur.execute(sql.SQL(count).format(table.quarantine.identifier))
     ((kept,),) = cur.fetchall()
     if sorter.copied + kept != records or file.header_lines + lines != file.lines:
         raise BatchError(
             f"{file.path}: {sorter.copied:,} rows loaded and {kept:,} rejected are not the {records:,} records on "
-            f"{file.lines:,} lines of the file. Nothing was loaded. This is a mistake in the loader: please report it."
+            f"{file.lines:,} lines of the file. Nothing was loaded. {LOST}"
         )
-    return rows, rejects
+    return sorter.copied, kept
 
 
 def _ahead(chunks: Iterator[Records]) -> Iterator[Records]:
@@ -258,68 +311,98 @@ def _ahead(chunks: Iterator[Records]) -> Iterator[Records]:
 
 
 class _Sorter:
-    """Says of the records of one file which of them its table takes."""
+    """Says of the records of one file which of them its table takes. What it makes in the database goes at its end."""
 
-    def __init__(self, cur: Cursor[Any], table: str, file: BatchFile) -> None:
+    def __init__(self, cur: Cursor[Any], table: Table, file: BatchFile) -> None:
         self.cur = cur
+        self.table = table
         self.file = file
         self.copied = 0
+        self._functions: list[sql.Identifier] = []
         self._copy_statement = copy_statement(table, file.columns, ", HEADER true")
         cur.adapters.register_dumper(_TextArray, _TextArrayDumper)
-        cur.execute("DROP TABLE IF EXISTS pg_temp.incoming CASCADE")
+        cur.execute("SELECT current_setting('de_dw.load_id')")
+        ((load_id,),) = cur.fetchall()
+        self._own = f"de_dw_load_{load_id}"
+        self._row = self._name("row")
+        self._tables = [self._row]
+        good_row = self._name("good_row")
         columns = sql.SQL(", ").join(map(sql.Identifier, file.columns))
-        cur.execute(sql.SQL(CREATE_INCOMING).format(columns=columns, table=sql.Identifier(*table.split("."))))
-        cur.execute(RULES, {"table": table, "columns": file.columns})
+        cur.execute(sql.SQL(CREATE_ROW).format(own=self._row, columns=columns, table=table.identifier))
+        cur.execute(RULES, {"table": table.quoted, "columns": file.columns})
         self.rules: list[Rule] = []
         for rule in [Rule(*row) for row in cur.fetchall()]:
-            if rule.expression is None or self._create(rule, len(self.rules)):
+            if rule.expression is None or self._create_rule(rule):
                 self.rules.append(rule)
-        rules = [self._holds(number, "value") for number in range(len(self.rules))]
-        cur.execute(sql.SQL(CREATE_GOOD_ROW).format(rules=sql.SQL(" AND ").join([sql.SQL("true"), *rules])))
-
-        is_good, input_error = IS_GOOD, INPUT_ERROR
-        if cur.connection.info.server_version < 160000:
-            is_good, input_error = IS_GOOD_15, INPUT_ERROR_15
-            for type_ in ("incoming", "good_row"):
-                cur.execute(sql.SQL(CREATE_INPUT_ERROR_15).format(type=sql.SQL(type_)))
-        self._find_bad = sql.SQL(FIND_BAD).format(is_good=sql.SQL(is_good))
-        self._find_column = sql.SQL(FIND_COLUMN).format(input_error=sql.SQL(input_error))
+        rules = [self._holds(number, sql.SQL("value")) for number in range(len(self.rules))]
+        every = sql.SQL(" AND ").join([sql.SQL("true"), *rules])
+        cur.execute(sql.SQL(CREATE_GOOD_ROW).format(own_good=good_row, own=self._row, rules=every))
+        row = sql.SQL("record::{}").format(self._row)
         cases = [
-            sql.SQL("WHEN NOT {} THEN {}").format(self._holds(number, "record::pg_temp.incoming"), number)
-            for number in range(len(self.rules))
+            sql.SQL("WHEN NOT {} THEN {}").format(self._holds(number, row), number) for number in range(len(self.rules))
         ]
-        broken = sql.SQL("CASE {} END").format(sql.SQL(" ").join(cases)) if cases else sql.SQL("NULL")
-        self._find_rule = sql.SQL(FIND_RULE).format(input_error=sql.SQL(input_error), rule=broken)
+        broken = sql.SQL("SELECT CASE {} ELSE NULL END").format(sql.SQL(" ").join(cases))
+        broken_rule = self._create(
+            "broken_rule", CREATE_BROKEN_RULE, body=broken if cases else sql.SQL("SELECT NULL::integer")
+        )
 
-    def _create(self, rule: Rule, number: int) -> bool:
+        # Names of ours have nothing in them that would have to be quoted.
+        is_good: sql.Composable = sql.SQL(f"pg_input_is_valid(record, '{good_row.as_string(None)}')")
+        self._error = "(pg_input_error_info(record, {type})).message"
+        if cur.connection.info.server_version < 160000:
+            is_good = sql.SQL("{}(record)").format(self._create("is_good", CREATE_IS_GOOD_15, own_good=good_row))
+            function = self._create("input_error", CREATE_INPUT_ERROR_15)
+            self._error = f"{function.as_string(None)}(record, {{type}})"
+        self._find_bad = sql.SQL(FIND_BAD).format(is_good=is_good)
+        error = sql.SQL(self._error.format(type=f"'{self._row.as_string(None)}'"))
+        self._find_rule = sql.SQL(FIND_RULE).format(error=error, broken_rule=broken_rule)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:  # else the rollback takes them away
+            for what, names in (("TABLE", self._tables), ("FUNCTION", self._functions)):
+                drop = sql.SQL("DROP {} {} CASCADE").format(sql.SQL(what), sql.SQL(", ").join(names))
+                self.cur.execute(drop)
+
+    def _name(self, suffix: str) -> sql.Identifier:
+        return sql.Identifier("pg_temp", f"{self._own}_{suffix}")
+
+    def _create(
+        self, suffix: str, statement: str, *, body: sql.Composable | None = None, **names: Any
+    ) -> sql.Identifier:
+        name = self._name(suffix)
+        literal = sql.Literal(body.as_string(self.cur)) if body else sql.SQL("")
+        self.cur.execute(sql.SQL(statement).format(name=name, body=literal, **names))
+        self._functions.append(name)
+        return name
+
+    def _create_rule(self, rule: Rule) -> bool:
         """Make the function that a CHECK is asked by. What can't be asked outside of the table is left to COPY."""
-        arguments = [
+        columns = [
             sql.SQL("{} {}").format(sql.Identifier(name), sql.SQL(type_))
             for name, type_ in zip(rule.columns, rule.types, strict=True)
         ]
         try:
             with self.cur.connection.transaction():
-                self.cur.execute(
-                    sql.SQL(CREATE_RULE).format(
-                        name=sql.Identifier("pg_temp", f"rule_{number}"),
-                        columns=sql.SQL(", ").join(arguments),
-                        body=sql.Literal(f"SELECT {rule.expression}"),
-                    )
-                )
-        except ProgrammingError as error:
+                body = sql.SQL(f"SELECT {rule.expression}")
+                self._create(f"rule_{len(self.rules)}", CREATE_RULE, body=body, columns=sql.SQL(", ").join(columns))
+        except (ProgrammingError, OperationalError) as error:  # as for a CHECK of more columns than a function may have
+            if error.sqlstate is None:
+                raise
             log.info("%s: %s: left to COPY: %s", self.file.path, rule.reason, error.diag.message_primary)
             return False
         return True
 
-    def _holds(self, number: int, row: str) -> sql.Composable:
+    def _holds(self, number: int, row: sql.Composable) -> sql.Composable:
         """The condition that a row keeps a rule."""
-        columns = [
-            sql.SQL("({}).{}").format(sql.SQL(row), sql.Identifier(column)) for column in self.rules[number].columns
-        ]
+        columns = [sql.SQL("({}).{}").format(row, sql.Identifier(column)) for column in self.rules[number].columns]
         if self.rules[number].expression is None:
             return sql.SQL("{} IS NOT NULL").format(*columns)
-        function = sql.Identifier("pg_temp", f"rule_{number}")
-        return sql.SQL("coalesce({}({}), true)").format(function, sql.SQL(", ").join(columns))
+        return sql.SQL("coalesce({}({}), true)").format(self._name(f"rule_{number}"), sql.SQL(", ").join(columns))
 
     def sort(self, chunk: Records, load: bool) -> dict[int, Verdict]:
         """The records that are bad, by their position, after the others were loaded where that is asked for."""
@@ -336,7 +419,9 @@ class _Sorter:
             with self.cur.connection.transaction():
                 self.cur.execute(self._find_bad, (_as_rows([chunk.data[place] for place in places]),))
                 return {places[number]: None for (number,) in self.cur.fetchall()}
-        except DATA_ERRORS as error:
+        except Error as error:
+            if not is_about_data(error):
+                raise
             # A type that can't be asked beforehand, a rule that fails instead of being false: COPY will tell.
             log.info("%s: the records are left to COPY: %s", self.file.path, error.diag.message_primary)
             return {}
@@ -344,26 +429,41 @@ class _Sorter:
     def _copy(self, chunk: Records, places: list[int]) -> dict[int, Verdict]:
         """Load them, but for those of which PostgreSQL says only now that it does not take them."""
         refused: dict[int, Verdict] = {}
-        end = self.file.newline
+        size = len(places)  # after a refusal short pieces, so that not all of the rest is sent again each time
         while places:
-            records = [chunk.data[place] for place in places]
-            try:
-                with self.cur.connection.transaction():
-                    with self.cur.copy(self._copy_statement) as copy:
-                        # An empty header: without it COPY does not count the line ends within the first record.
-                        copy.write(end + end.join(records) + end)
-                    self.copied += self.cur.rowcount
-                    return refused
-            except DATA_ERRORS as error:
-                problem = Problem.of(error)
-                if problem.line is None:
-                    raise
-                last_lines = accumulate((record.count(end[-1:]) + 1 for record in records), initial=1)
-                number = bisect_left(list(last_lines), problem.line) - 1
-                refused[places[number]] = problem
-                refused |= self._copy(chunk, places[:number])
-                places = places[number + 1 :]
+            problem = self._try([chunk.data[place] for place in places[:size]])
+            if problem is None:
+                places = places[size:]
+                size *= 2
+            elif problem.line is not None:
+                refused[places.pop(problem.line)] = problem
+                size = problem.line or SHORT
+            elif min(size, len(places)) == 1:  # some constraints are looked at when all rows are there
+                refused[places.pop(0)] = problem
+            else:
+                size = min(size, len(places)) // 2
         return refused
+
+    def _try(self, records: list[bytes]) -> Problem | None:
+        """Load them, or say what is wrong with one of them; its place stands in `line`, if PostgreSQL named it."""
+        end = self.file.newline
+        try:
+            with self.cur.connection.transaction():
+                with self.cur.copy(self._copy_statement) as copy:
+                    # An empty header: without it COPY does not count the line ends within the first record.
+                    copy.write(end + end.join(records) + end)
+                self.copied += self.cur.rowcount
+                return None
+        except Error as error:
+            if not is_about_data(error):
+                raise
+            problem = Problem.of(error)
+        if problem.line is None:
+            return problem
+        # COPY counts the first byte of a line end, within quotes too.
+        last_lines = list(accumulate((record.count(end[:1]) + 1 for record in records), initial=1))
+        place = bisect_left(last_lines, problem.line) - 1
+        return problem._replace(line=place if 0 <= place < len(records) else None)
 
     def explain(self, chunk: Records, bad: dict[int, Verdict]) -> list[Reject]:
         """What is wrong with each of them, in the order of the file."""
@@ -386,8 +486,7 @@ class _Sorter:
                 problems[place] = Problem(None, None, None, "no row of the table")
                 no_rows.append(place)
         if no_rows:
-            self.cur.execute(self._find_column, _alone([chunk.data[place] for place in no_rows]))
-            for number, column_number, reason in self.cur.fetchall():
+            for number, column_number, reason in self._columns_at_fault([chunk.data[place] for place in no_rows]):
                 problems[no_rows[number]] = Problem(None, self.file.columns[column_number], None, reason)
         return [self._reject(chunk, place, problems[place]) for place in sorted(problems)]
 
@@ -399,11 +498,35 @@ class _Sorter:
             with self.cur.connection.transaction():
                 self.cur.execute(self._find_rule, (_as_rows(records),))
                 return [number for (number,) in self.cur.fetchall()]
-        except DATA_ERRORS as error:
+        except Error as error:
+            if not is_about_data(error):
+                raise
             if len(records) == 1:
                 return [error.diag.message_primary or str(error)]
             half = len(records) // 2
             return [*self._broken_rules(records[:half]), *self._broken_rules(records[half:])]
+
+    def _columns_at_fault(self, records: list[bytes]) -> list[tuple[int, int, str]]:
+        """Number of the record, of the column, and what is wrong there."""
+        names = [self._name(f"field_{number}") for number in range(len(self.file.columns))]
+        if len(self._tables) == 1:
+            for name, column in zip(names, self.file.columns, strict=True):
+                columns = sql.Identifier(column)
+                statement = sql.SQL(CREATE_ROW).format(own=name, columns=columns, table=self.table.identifier)
+                self.cur.execute(statement)
+            self._tables += names
+        values = _TextArray()
+        numbers: list[int] = []
+        columns_: list[int] = []
+        for number, record in enumerate(records):
+            in_record = fields(record)
+            values += in_record
+            numbers += [number] * len(in_record)
+            columns_ += range(len(in_record))
+        type_ = f"'pg_temp.{self._own}_field_' || column_number"
+        find = sql.SQL(FIND_COLUMN).format(error=sql.SQL(self._error.format(type=type_)))
+        self.cur.execute(find, (_as_rows(values), numbers, columns_))
+        return self.cur.fetchall()
 
     def _reject(self, chunk: Records, place: int, problem: "Problem | str") -> Reject:
         """With the value of the column at fault as it stands in the file, not as COPY quotes it."""
@@ -424,19 +547,6 @@ def _as_rows(records: list[bytes]) -> _TextArray:
     return _TextArray((b"(" + text + b")").split(b"\0"))
 
 
-def _alone(records: list[bytes]) -> tuple[_TextArray, list[int], list[int]]:
-    """Each field of each record alone in its row; with it the number of the record, and that of the column."""
-    rows: list[bytes] = []
-    numbers, columns = [], []
-    for number, record in enumerate(records):
-        values = fields(record)
-        for column, value in enumerate(values):
-            rows.append(b"," * column + value + b"," * (len(values) - 1 - column))
-            numbers.append(number)
-            columns.append(column)
-    return _as_rows(rows), numbers, columns
-
-
 def _text(field: bytes | None) -> str | None:
     """The value of a field as it stands in a record."""
     if field is None or not field.startswith(b'"'):
@@ -444,8 +554,8 @@ def _text(field: bytes | None) -> str | None:
     return field[1:-1].replace(b'""', b'"').decode()
 
 
-def _check_quarantine(cur: Cursor[Any], quarantine: str) -> None:
-    cur.execute("SELECT to_regclass(%s) IS NULL", (quarantine,))
+def _check_quarantine(cur: Cursor[Any], quarantine: Table) -> None:
+    cur.execute("SELECT to_regclass(%s) IS NULL", (quarantine.quoted,))
     if cur.fetchone() == (True,):
         raise BatchError(
             f"there is no table {quarantine} to keep rejects in: load without max_rejects, or make it with a migration "
@@ -453,13 +563,13 @@ def _check_quarantine(cur: Cursor[Any], quarantine: str) -> None:
         )
 
 
-def _keep(cur: Cursor[Any], quarantine: str, rejects: list[Reject]) -> None:
+def _keep(cur: Cursor[Any], quarantine: Table, rejects: list[Reject]) -> None:
     """Write them to the quarantine."""
     if not rejects:
         return
     columns = ("line_number", "line", "line_bytes", "column_name", "reason")
     statement = sql.SQL("COPY {} ({}) FROM STDIN").format(
-        sql.Identifier(*quarantine.split(".")), sql.SQL(", ").join(map(sql.Identifier, columns))
+        quarantine.identifier, sql.SQL(", ").join(map(sql.Identifier, columns))
     )
     with cur.copy(statement) as copy:
         for reject in rejects:

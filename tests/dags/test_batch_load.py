@@ -381,14 +381,18 @@ def test_stray_quote_is_found_exactly_when_there_is_one(text: str, block_bytes: 
     for char in text + "\n":
         state = STATES[state][char] if state else None
 
-    data, quotes, tail, stray = f"{text}\n".encode(), 0, b"\n", False
+    data, quotes, records, tail, stray = f"{text}\n".encode(), 0, 0, b"\n", False
     for start in range(0, len(data), block_bytes):
         block = data[start : start + block_bytes]
-        stray = stray or batch_file.find_stray_quote(tail[-1:] + block, quotes) is not None
-        quotes += block.count(b'"')
+        found = batch_file.scan(tail[-1:] + block, quotes, ord("\n"))
+        stray = stray or found.stray is not None
+        assert found.quotes == block.count(b'"')
+        quotes += found.quotes
+        records += found.record_ends
         tail = block
 
     assert stray == (state is None)
+    assert stray or records == len([part for part in data.decode().split('"')[::2] for char in part if char == "\n"])
 
 
 def test_one_table_has_one_name_however_it_is_spelled(warehouse: Warehouse, tmp_path: Path) -> None:

@@ -205,7 +205,7 @@ def test_load_that_is_not_all_of_the_file_is_undone(
 
     monkeypatch.setattr(BatchFile, "records", some)
 
-    with pytest.raises(BatchError, match=r"Nothing was loaded\. This is a mistake in the loader"):
+    with pytest.raises(BatchError, match=r"Nothing was loaded\..* this is a mistake in the loader"):
         load(HEADER + row(1) + row("x") + row(2) + row("y"))
     assert (ids(warehouse), warehouse.rows(REJECTS)) == ([], [])
 
@@ -273,6 +273,188 @@ def test_constraint_that_only_copy_can_judge_is_asked_of_copy(warehouse: Warehou
         (8, 'duplicate key value violates unique constraint "order_is_there_once"'),
         (9, 'invalid input syntax for type bigint: "x"'),
     ]
+
+
+MANY = [f"c{number}" for number in range(120)]  # more than a function may have arguments
+# Tables as others make them: their columns and what goes with them; a file; the rows that come of it, by their first
+# column; and of each reject the line, the column and some of the reason.
+TABLES: dict[str, tuple[str, str, list[str], list[tuple[int, str | None, str]]]] = {
+    "line ends of both kinds within quotes": (
+        "(a int, w text); CREATE UNIQUE INDEX ON raw.odd (a)",
+        'a,w\r\n1,"x\ny"\r\n1,dup\r\n2,"x\ry\r\n"\r\n2,dup\r\n3,ok\r\n',
+        ["1", "2", "3"],
+        [(4, None, "duplicate key"), (7, None, "duplicate key")],
+    ),
+    "domain that is not null": (
+        "(b int, a public.nn, c int)",
+        "b,a,c\n1,x,z\n1,,2\n,x,z\n,x,5\n2,y,\n",
+        ["None", "2"],
+        [(2, "c", 'syntax for type integer: "z"'), (3, "a", "does not allow null"), (4, "c", '"z"')],
+    ),
+    "trigger that fills in": (
+        (
+            "(a int NOT NULL, b int CHECK (b > 0)); CREATE TRIGGER t BEFORE INSERT ON raw.odd FOR EACH ROW"
+            " EXECUTE FUNCTION public.fill()"
+        ),
+        "a,b\n,3\nx,4\n5,-1\n6,6\n",
+        ["0", "6"],
+        [(3, "a", '"x"'), (4, None, 'constraint "odd_b_check"')],
+    ),
+    "trigger that raises": (
+        "(a int, b text); CREATE TRIGGER t BEFORE INSERT ON raw.odd FOR EACH ROW EXECUTE FUNCTION public.refuse()",
+        "a,b\n1,x\n13,y\n2,z\n",
+        ["1", "2"],
+        [(3, None, "no 13")],
+    ),
+    "JSON, whose errors have lines of their own": (
+        "(j jsonb, b int CHECK (1 / (b - 7) < 1000))",
+        'j,b\n1,1\n"{""a"": }",2\n"{\n",2\n3,7\n4,4\n',
+        ["1", "4"],
+        [
+            (3, "j", "invalid input syntax for type json"),
+            (4, "j", "syntax for type json"),
+            (6, None, "division by zero"),
+        ],
+    ),
+    "foreign key": (
+        "(a int REFERENCES public.known)",
+        "a\n1\n2\n3\n1\nx\n9\n3\n",
+        ["1", "3", "1", "3"],
+        [(3, None, "foreign key"), (6, "a", '"x"'), (7, None, "foreign key")],
+    ),
+    "generated column": (
+        "(a int, twice int GENERATED ALWAYS AS (a * 2) STORED CHECK (twice < 10))",
+        "a\n1\nx\n5\n",
+        ["1"],
+        [(3, "a", '"x"'), (4, None, "odd_twice_check")],
+    ),
+    "names": (
+        '("a%s" int CHECK ("a%s" < 5), "select" text NOT NULL, "Ünï ""q""" varchar(2))',
+        'Ünï ""q"",select,a%s\n'.replace('Ünï ""q""', '"Ünï ""q"""') + "ab,x,1\nabc,x,2\nab,,3\nab,x,5\n",
+        ["1"],
+        [(3, 'Ünï "q"', "too long"), (4, "select", "null value"), (5, "a%s", "violates check constraint")],
+    ),
+    "search syntax": (
+        "(q tsquery)",
+        "q\na & b\na &\n'\n",
+        ["'a' & 'b'"],
+        [(3, "q", "in tsquery"), (4, "q", "in tsquery")],
+    ),
+    "two collations": (
+        """(a text COLLATE "C", b text COLLATE "POSIX", CHECK (a <> 'z' AND b < 'c'))""",
+        "a,b\nx,a\nz,a\nx,d\n",
+        ["x"],
+        [(3, None, "odd_check"), (4, None, "odd_check")],
+    ),
+    "one column": (
+        "(a text CHECK (a <> 'no'))",
+        'a\n\n""\nno\n\\.\n"\\."\n',
+        ["None", "", "\\."],
+        [
+            (4, "a", "check"),
+            (5, None, "end of the data"),
+        ],
+    ),
+    "many columns": (
+        f"({', '.join(f'{name} int NOT NULL' for name in MANY)}, CHECK ({' + '.join(MANY)} < 9))",
+        ",".join(MANY)
+        + "\n"
+        + "".join(f"{ends[0]},{'0,' * 118}{ends[1:]}\n" for ends in ["11", "1x", "x1", "99", "1", "22"]),
+        ["1", "2"],
+        [(3, "c119", '"x"'), (4, "c0", '"x"'), (5, None, "odd_check"), (6, "c119", "null value")],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_records_are_sorted_for_tables_of_every_kind(warehouse: Warehouse, tmp_path: Path, name: str) -> None:
+    columns, content, good, bad = TABLES[name]
+    with warehouse.connect("") as conn:
+        conn.execute("""
+            CREATE DOMAIN public.nn AS text NOT NULL;
+            CREATE TABLE public.known AS SELECT n AS id FROM generate_series(1, 3, 2) AS n;
+            ALTER TABLE public.known ADD PRIMARY KEY (id);
+            CREATE FUNCTION public.fill() RETURNS trigger LANGUAGE plpgsql AS
+                'BEGIN NEW.a := coalesce(NEW.a, 0); RETURN NEW; END';
+            CREATE FUNCTION public.refuse() RETURNS trigger LANGUAGE plpgsql AS
+                'BEGIN IF NEW.a = 13 THEN RAISE EXCEPTION $m$no 13$m$; END IF; RETURN NEW; END';
+        """)
+        conn.execute(f"CREATE TABLE raw.odd {columns}; SET de_dw.load_id = 0".encode())
+        conn.execute("""
+            ALTER TABLE raw.odd ADD row_id bigint GENERATED ALWAYS AS IDENTITY,
+                ADD load_id bigint DEFAULT current_setting('de_dw.load_id')::bigint;
+            CREATE TABLE raw.odd_rejects (LIKE raw.orders_rejects INCLUDING DEFAULTS);
+            GRANT INSERT, SELECT ON raw.odd, raw.odd_rejects TO de_dw_pipeline;
+        """)
+        first = conn.execute("SELECT attname FROM pg_attribute WHERE attrelid = 'raw.odd'::regclass AND attnum = 1")
+        ((column,),) = first.fetchall()
+    path = tmp_path / "odd.csv"
+    path.write_bytes(content.encode())
+
+    with warehouse.connect() as conn:
+        loaded = load_batch(conn, table="raw.odd", batch_id="a", path=path, max_rejects="100%")
+
+    column = sql.Identifier(column).as_string(None)
+    assert [
+        str(value) for (value,) in warehouse.rows(f"SELECT {column}::text FROM raw.odd ORDER BY row_id", "")
+    ] == good
+    found = warehouse.rows("SELECT line_number, column_name, reason FROM raw.odd_rejects ORDER BY 1", "")
+    assert [(line, name) for line, name, _ in found] == [(line, name) for line, name, _ in bad]
+    assert all(reason in text for (_, _, text), (_, _, reason) in zip(found, bad, strict=True)), found
+    assert (loaded.rows, loaded.rejects) == (len(good), len(bad))
+
+
+@pytest.mark.parametrize("bad", ["", row("x")])
+def test_trigger_that_leaves_rows_out_is_noticed(warehouse: Warehouse, load: Callable[..., Load], bad: str) -> None:
+    with warehouse.connect("") as conn:
+        conn.execute("""
+            CREATE FUNCTION public.drop_it() RETURNS trigger LANGUAGE plpgsql AS
+                'BEGIN IF NEW.order_id = 2 THEN RETURN NULL; END IF; RETURN NEW; END';
+            CREATE TRIGGER t BEFORE INSERT ON raw.orders FOR EACH ROW EXECUTE FUNCTION public.drop_it()
+        """)
+
+    with pytest.raises(BatchError, match="Does a trigger of the table leave rows out"):
+        load(HEADER + row(1) + row(2, product="a\nb") + bad + row(3))
+
+    assert ids(warehouse) == []
+
+
+def test_table_is_the_one_that_was_named(warehouse: Warehouse, tmp_path: Path) -> None:
+    path = tmp_path / "twin.csv"
+    path.write_text("b\nx\n1\n")
+    with warehouse.connect("") as conn:
+        conn.execute("""
+            CREATE TABLE raw.twin (a int, load_id bigint);
+            CREATE TABLE raw."Twin" (b int, load_id bigint DEFAULT current_setting('de_dw.load_id')::bigint);
+            CREATE TABLE raw."Twin_rejects" (LIKE raw.orders_rejects INCLUDING DEFAULTS);
+            GRANT INSERT, SELECT ON raw.twin, raw."Twin", raw."Twin_rejects" TO de_dw_pipeline;
+        """)
+    with warehouse.connect() as conn:
+        assert load_batch(conn, table='raw."Twin"', batch_id="a", path=path, max_rejects=1).rejects == 1
+
+    assert warehouse.rows("SELECT table_name FROM raw.loads") == [("raw.Twin",)]
+
+
+def test_session_of_any_kind_will_do(warehouse: Warehouse, tmp_path: Path) -> None:
+    path = tmp_path / "orders.csv"
+    path.write_text(HEADER + row(1) + row("x"))
+    with warehouse.connect(row_factory=psycopg.rows.dict_row, cursor_factory=psycopg.ClientCursor) as conn:
+        conn.execute("CREATE TEMPORARY TABLE incoming (mine int)")
+        conn.execute("SET check_function_bodies = off; SET client_encoding = 'LATIN1'")
+        with pytest.raises(BatchError), conn.transaction():
+            load_batch(conn, table="raw.orders", batch_id="a", path=path)
+        with pytest.raises(BatchError):
+            load_batch(conn, table="raw.orders", batch_id="a", path=path)
+        with pytest.raises(psycopg.errors.InvalidTextRepresentation), conn.transaction():
+            conn.execute("INSERT INTO raw.orders (order_id, updated_at) VALUES (2, now())")  # it is of no load
+        assert load_batch(conn, table="raw.orders", batch_id="a", path=path, max_rejects=1).rows == 1
+        conn.execute("SELECT mine FROM incoming")
+        ours = conn.execute(
+            "SELECT count(*) AS n FROM pg_class WHERE relname LIKE 'de_dw_load%' UNION ALL"
+            " SELECT count(*) FROM pg_proc WHERE proname LIKE 'de_dw_load%' UNION ALL"
+            " SELECT count(*) FROM pg_type WHERE typname LIKE 'de_dw_load_%row'"
+        ).fetchall()
+    assert [counted["n"] for counted in ours] == [0, 0, 0]
 
 
 def test_table_without_a_quarantine_is_told_how_to_get_one(warehouse: Warehouse, load: Callable[..., Load]) -> None:

@@ -153,6 +153,7 @@ class Loaded:
     batch_id: str
     content: bytes
     rows: list[Row]
+    has_records: bool  # files without any are all alike
     load_id: int
     is_repeat: bool
     open_in: str | None  # the session that has not committed it yet
@@ -183,7 +184,7 @@ class History:
 
         visible = [load for load in self.loads if load.open_in in (None, step.session)]
         same_batch = next((load for load in visible if load.batch_id == batch_id), None)
-        same_bytes = next((load for load in visible if load.content == content and load.rows), None)
+        same_bytes = next((load for load in visible if load.content == content and load.has_records), None)
         self.held[step.session].add(batch_id)
         if same_batch and same_batch.content != content:
             with pytest.raises(BatchError, match="with other bytes"):
@@ -200,12 +201,13 @@ class History:
             file = self.files[step.file]
             assert (load.is_new, load.rows, load.rejects) == (True, len(file.rows), int(file.has_bad_record))
             is_repeat = same_bytes is not None
-            self.loads.append(Loaded(batch_id, content, file.rows, load.load_id, is_repeat, step.session))
+            has_records = bool(file.rows) or file.has_bad_record
+            self.loads.append(Loaded(batch_id, content, file.rows, has_records, load.load_id, is_repeat, step.session))
         self.end(step.session, step.end)
 
     def is_in_the_way(self, session: str, batch_id: str, content: bytes) -> bool:
         return batch_id in self.held[session] or any(
-            load.open_in == session and load.content == content and load.rows and not load.is_repeat
+            load.open_in == session and load.content == content and load.has_records and not load.is_repeat
             for load in self.loads
         )
 
@@ -273,7 +275,7 @@ def as_stored(row: Row) -> tuple[Any, ...]:
 def as_csv(file: File, first_order_id: int) -> bytes:
     records = [[str(row.order_id + first_order_id), *map(as_field, row[1:])] for row in file.rows]
     if file.has_bad_record:
-        records.insert(len(records) // 2, ["no number", *[""] * (len(Row._fields) - 1)])
+        records.insert(len(records) // 2, [f"no number {first_order_id}", *[""] * (len(Row._fields) - 1)])
     return "".join(f"{','.join(fields)}\n" for fields in [Row._fields, *records]).encode()
 
 
