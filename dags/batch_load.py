@@ -290,22 +290,33 @@ def _copy(cur: Cursor[Any], table: Table, file: BatchFile) -> int:
     records = -1  # without the header
     tail = NEWLINE  # the end of the block before: a line may begin in one block and end in the next
     skip = len(BOM) if file.has_bom else 0
-    with cur.copy(copy_statement(table, file.columns, ", HEADER true")) as copy:
-        for block in file.blocks():
-            found = scan(tail[-1:] + block[skip:], quotes, file.newline[-1])
-            if found.stray is not None:
-                raise _NotAsReceived("a quote inside a field, where COPY would drop it or read on to the next one")
-            window = tail + block
-            # One byte is found 200 times as fast as two.
-            for match in END_OF_DATA.finditer(window) if b"\\" in window and b"\\." in window else ():
-                position = max(match.start() + 1 - len(tail), 0)
-                if (quotes + block.count(b'"', 0, position)) % 2 == 0:  # else it is data, within a quoted field
-                    raise _NotAsReceived("a line of just \\., which ends the data for PostgreSQL 17 and older")
-            copy.write(block)
-            tail = window[-3:]
-            quotes += found.quotes
-            records += found.record_ends
-            skip = 0
+    stopped: BatchError | _NotAsReceived | None = None
+    try:
+        with cur.copy(copy_statement(table, file.columns, ", HEADER true")) as copy:
+            # An exception here would make psycopg log what the server says to it, with all values of a row.
+            try:
+                for block in file.blocks():
+                    found = scan(tail[-1:] + block[skip:], quotes, file.newline[-1])
+                    if found.stray is not None:
+                        raise _NotAsReceived("a quote inside a field, where COPY would drop it or read on to the next")
+                    window = tail + block
+                    # One byte is found 200 times as fast as two.
+                    for match in END_OF_DATA.finditer(window) if b"\\" in window and b"\\." in window else ():
+                        position = max(match.start() + 1 - len(tail), 0)
+                        if (quotes + block.count(b'"', 0, position)) % 2 == 0:  # else it is data, within quotes
+                            raise _NotAsReceived(r"a line of just \., which ends the data for PostgreSQL 17 and older")
+                    copy.write(block)
+                    tail = window[-3:]
+                    quotes += found.quotes
+                    records += found.record_ends
+                    skip = 0
+            except (BatchError, _NotAsReceived) as error:
+                stopped = error
+    except Error:
+        if stopped is None:
+            raise
+    if stopped is not None:
+        raise stopped
     if cur.rowcount != records:
         raise BatchError(f"{file.path}: {cur.rowcount:,} rows came of {records:,} records. Nothing was loaded. {LOST}")
     return cur.rowcount

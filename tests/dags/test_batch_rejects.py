@@ -419,6 +419,18 @@ def test_trigger_that_leaves_rows_out_is_noticed(warehouse: Warehouse, load: Cal
     assert ids(warehouse) == []
 
 
+def test_no_log_has_the_other_values_of_a_bad_row(
+    load: Callable[..., Load], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(batch_file, "BLOCK_BYTES", 20)  # so that the server has seen one before we see the other
+    stray = row(2).replace("paid", 'pa"id')
+    for number, content in enumerate([row(1, quantity=-1) + stray, stray + row(1, quantity=-1), row("x") + "\\.\n"]):
+        load(HEADER + content + row(3), str(number))
+
+    assert "Now looking at each record" in caplog.text
+    assert "a@example.com" not in caplog.text
+
+
 def test_table_is_the_one_that_was_named(warehouse: Warehouse, tmp_path: Path) -> None:
     path = tmp_path / "twin.csv"
     path.write_text("b\nx\n1\n")
