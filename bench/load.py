@@ -22,11 +22,10 @@ from typing import Any, NamedTuple
 
 import psycopg
 
-from local.postgres import Server, embedded_binaries
+from local.postgres import DEBIAN_15, Server, embedded_binaries
 
 ROOT = Path(__file__).resolve().parents[1]
 STATE = ROOT / ".run" / "bench-load"
-DEBIAN_15 = Path("/usr/lib/postgresql/15/bin")
 BAD_EVERY = 100  # 1% of the rows
 LAST_COLUMNS = ("quantity", "unit_price", "currency", "status", "ordered_at", "updated_at")  # the generator quotes none
 
@@ -113,6 +112,7 @@ def load_batch_in(url: str, path: Path, max_rejects: str) -> tuple[float, int, i
 
 
 def load(server: Server, rows: int, *, bad: bool = False) -> tuple[float, int, int]:
+    """Load a file into a new warehouse and check what came of it; figures as load_batch_in."""
     url, path = new_warehouse(server), STATE / f"{'bad' if bad else 'clean'}-{rows}.csv"
     figures: tuple[float, int, int] = in_new_process(load_batch_in, url, path, "1%" if bad else "0")
     check(url, rows, flaws(rows) if bad else {}, "SELECT rows, rejects FROM raw.loads")

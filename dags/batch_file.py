@@ -36,6 +36,7 @@ PROGRESS_SECONDS = 5.0
 # Records are cut out of this much text at a time: enough that a round trip to the server does not show.
 CHUNK_BYTES = 4 * 1024 * 1024
 # PostgreSQL takes no longer record: a quoted field that is still open after this much text never ends for it either.
+# Only records() looks for that end, and holds what it reads in memory, several times over.
 RECORD_BYTES = 1024 * 1024 * 1024
 
 QUOTE = ord('"')
@@ -91,6 +92,9 @@ class Records:
 
 class BatchFile:
     """A CSV file with a header line, in UTF-8, as it is or packed with gzip: a context manager that closes it.
+
+    It has the `header` line as received, the `columns` that it names, the `newline` that ends it, and how many
+    `header_lines` it takes; `lines` of the whole file, and its `sha256`, once blocks or records came to their end.
 
     :param path: only a regular file.
     :raises BatchError: it is missing, empty, cut off, or visibly something else.
@@ -257,7 +261,7 @@ class BatchFile:
         records = [data[start:stop] for start, stop in zip(firsts.tolist(), lasts.tolist(), strict=True)]
         suspects = suspects[:rest]
         places = np.unique(np.searchsorted(firsts, np.flatnonzero(suspects), side="right") - 1)
-        for place in [*places.tolist(), *np.flatnonzero(lasts - firsts == 2).tolist()]:
+        for place in [*places.tolist(), *np.flatnonzero(lasts - firsts == 2).tolist()]:  # two bytes may be \.
             problem = self._problem(records[place]) if place not in problems else None
             if problem is not None:
                 problems[place] = problem
@@ -346,7 +350,10 @@ class _Hashed(RawIOBase):
 
 
 def fields(record: bytes) -> list[bytes]:
-    """The fields of a record without stray quotes, as they stand in it, their quotes included."""
+    """The fields of a record without stray quotes, as they stand in it, their quotes included.
+
+    :raises ValueError: it has one.
+    """
     found = []
     position = 0
     while True:
@@ -365,11 +372,11 @@ def count(data: bytes, byte: int) -> int:
 
 
 class Scan(NamedTuple):
-    """What a block of text has in it: quotes, line ends outside of quotes, and where the first stray quote stands."""
+    """What a block of text has in it: quotes, line ends outside of quotes, and whether a quote is a stray one."""
 
     quotes: int
     record_ends: int
-    stray: int | None
+    has_stray: bool
 
 
 def scan(window: bytes, quotes: int, end: int) -> Scan:
@@ -387,14 +394,14 @@ def scan(window: bytes, quotes: int, end: int) -> Scan:
     begins, ends = places[quotes % 2 :: 2], places[1 - quotes % 2 :: 2]
     if len(ends) and ends[-1] + 2 == len(text):
         ends = ends[:-1]  # what is after it is in the next block
-    strays = [*begins[~BESIDE_A_QUOTE[text[begins]]][:1].tolist(), *ends[~BESIDE_A_QUOTE[text[ends + 2]]][:1].tolist()]
+    has_stray = not (BESIDE_A_QUOTE[text[begins]].all() and BESIDE_A_QUOTE[text[ends + 2]].all())
     if window[:1] == b'"' and quotes % 2 == 0 and not BESIDE_A_QUOTE[text[1]]:
-        strays.append(0)  # the quote before this block
+        has_stray = True  # the quote before this block
     line_ends = np.flatnonzero(text[1:] == end)
     if len(places):
         line_ends = line_ends[(quotes + np.searchsorted(places, line_ends)) % 2 == 0]
     record_ends = len(line_ends) if len(places) or quotes % 2 == 0 else 0
-    return Scan(len(places), record_ends, min(strays, default=None))
+    return Scan(len(places), record_ends, has_stray)
 
 
 def _not_utf8(data: bytes, starts: list[int]) -> Iterator[tuple[int, str]]:
@@ -413,7 +420,7 @@ def _not_utf8(data: bytes, starts: list[int]) -> Iterator[tuple[int, str]]:
             break
 
 
-def _next(sorted_numbers: NDArray[np.int64], least: int) -> Any:
+def _next(sorted_numbers: NDArray[np.int64], least: int) -> int | None:
     """The first of them that is not less than least, or None."""
     place = np.searchsorted(sorted_numbers, least)
     return int(sorted_numbers[place]) if place < len(sorted_numbers) else None

@@ -17,7 +17,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from batch_file import BOM, BatchError, BatchFile, scan
+from batch_file import BOM, END_OF_DATA, STRAY_QUOTE, BatchError, BatchFile, scan
 from batch_rejects import LOST, Limit, Problem, Table, copy_statement, is_about_data, load_good_records, printable
 from psycopg import Connection, Cursor, Error, Rollback, errors, sql
 from psycopg.pq import TransactionStatus
@@ -45,7 +45,7 @@ SETTINGS = {
 OWN_COLUMNS = ("row_id", "load_id")
 NEWLINE = b"\n"
 # A line of just \. ends the data for PostgreSQL 17 and older, which then drop the rest of the file in silence.
-END_OF_DATA = re.compile(rb"[\r\n]\\\.(?=[\r\n])")
+END_OF_DATA_LINE = re.compile(rb"[\r\n]\\\.(?=[\r\n])")
 
 
 class _NotAsReceived(Exception):
@@ -71,7 +71,7 @@ class Load:
     :param rejects: records of the file that it left out, and kept in the table's quarantine.
     :param bytes: size of the file in bytes.
     :param sha256: of the file, 64 hexadecimal digits.
-    :param is_new: False when the batch had been loaded before and this call wrote nothing.
+    :param is_new: False when the batch, or its bytes, had been loaded before and this call wrote nothing.
     :param seconds: what this call took.
     """
 
@@ -116,12 +116,15 @@ def load_batch(
     :param path: a UTF-8 CSV file with a header line, as it is or packed with gzip. Only read, in blocks of 64 KiB.
     :param updated_at: the moment that all rows of the batch share, for the ledger.
     :param max_rejects: how many records may be bad, as a number or a percentage such as "1%". They are kept in the
-        table's quarantine, raw.orders_rejects, and the others are loaded.
+        table's quarantine (of raw.orders: raw.orders_rejects), and the others are loaded.
     :param load_again: load the bytes though another batch has brought them before.
     :raises BatchError: the file is missing, empty, unfinished or no CSV; the header does not fit the table; more
-        records are bad than max_rejects; the batch was loaded before with other bytes.
+        records are bad than max_rejects; the batch was loaded before with other bytes; there is no quarantine, though
+        max_rejects is above 0; a trigger leaves rows out.
     :raises psycopg.errors.LockNotAvailable: another backend, named by its pid, has been loading the batch for
         LOCK_TIMEOUT.
+    :raises psycopg.errors.SerializationFailure: another loader brought the same bytes, or took the load_id, meanwhile.
+        Roll back and call again.
     :raises psycopg.OperationalError: the connection broke. Call again: the ledger knows whether the rows are in.
     :raises ValueError: the connection is in autocommit mode, outside of a transaction; max_rejects is no limit; the
         database is not in UTF8.
@@ -292,19 +295,19 @@ def _copy(cur: Cursor[Any], table: Table, file: BatchFile) -> int:
     skip = len(BOM) if file.has_bom else 0
     stopped: BatchError | _NotAsReceived | None = None
     try:
-        with cur.copy(copy_statement(table, file.columns, ", HEADER true")) as copy:
+        with cur.copy(copy_statement(table, file.columns)) as copy:
             # An exception here would make psycopg log what the server says to it, with all values of a row.
             try:
                 for block in file.blocks():
                     found = scan(tail[-1:] + block[skip:], quotes, file.newline[-1])
-                    if found.stray is not None:
-                        raise _NotAsReceived("a quote inside a field, where COPY would drop it or read on to the next")
+                    if found.has_stray:
+                        raise _NotAsReceived(STRAY_QUOTE)
                     window = tail + block
                     # One byte is found 200 times as fast as two.
-                    for match in END_OF_DATA.finditer(window) if b"\\" in window and b"\\." in window else ():
+                    for match in END_OF_DATA_LINE.finditer(window) if b"\\" in window and b"\\." in window else ():
                         position = max(match.start() + 1 - len(tail), 0)
                         if (quotes + block.count(b'"', 0, position)) % 2 == 0:  # else it is data, within quotes
-                            raise _NotAsReceived(r"a line of just \., which ends the data for PostgreSQL 17 and older")
+                            raise _NotAsReceived(END_OF_DATA)
                     copy.write(block)
                     tail = window[-3:]
                     quotes += found.quotes

@@ -1,8 +1,9 @@
 """What happens to a file that COPY refused: its good records go to the table, its bad ones to the table's quarantine.
 
 Which is which PostgreSQL decides, record by record: its own input functions, NOT NULL and CHECK constraints sort out
-the bad ones first, thousands in one query, and then COPY takes the rest or names who is in the way. The one exception
-are records that COPY would take by changing or losing what was received, such as stray quotes: see batch_file.
+the bad ones first, thousands in one query, and then COPY takes the rest or names who is in the way. Before that
+batch_file finds what is no record of CSV in UTF-8, and what COPY would take by changing or losing what was received,
+such as stray quotes.
 """
 
 import logging
@@ -28,7 +29,7 @@ log = logging.getLogger(__name__)
 
 # How many rejects the error names when there are more than allowed.
 LISTED = 10
-# Records sent at once after one was refused; then twice as many, and so on.
+# Records sent at once after the first of them was refused; then twice as many, and so on.
 SHORT = 64
 # Why the numbers may differ.
 LOST = "Does a trigger of the table leave rows out? If not, this is a mistake in the loader: please report it."
@@ -38,6 +39,10 @@ VALUE_CHARACTERS = 80
 # raise for a value (a tsquery's syntax, something too deep or too long, RAISE EXCEPTION).
 DATA_CLASSES = ("22", "23")
 OTHER_DATA_ERRORS = ("42601", "54", "P0001")
+# The same in PL/pgSQL's words.
+DATA_CONDITIONS = sql.SQL(
+    "data_exception OR integrity_constraint_violation OR syntax_error OR program_limit_exceeded OR raise_exception"
+)
 
 # A CSV record between parentheses is the text form of a row: the same quotes, the same NULL, but that \ and ) are
 # escaped. So the input function of a row type calls those of its columns, with length and scale, as COPY does. The
@@ -54,8 +59,7 @@ BEGIN
     EXECUTE 'SELECT $1::' || type_name USING record;
     RETURN NULL;
 EXCEPTION
-    WHEN data_exception OR integrity_constraint_violation OR syntax_error OR program_limit_exceeded OR raise_exception
-    THEN RETURN sqlerrm;
+    WHEN {data_errors} THEN RETURN sqlerrm;
 END
 $$
 """
@@ -65,8 +69,7 @@ BEGIN
     PERFORM record::{own_good};
     RETURN true;
 EXCEPTION
-    WHEN data_exception OR integrity_constraint_violation OR syntax_error OR program_limit_exceeded OR raise_exception
-    THEN RETURN false;
+    WHEN {data_errors} THEN RETURN false;
 END
 $$
 """
@@ -253,10 +256,10 @@ def printable(text: str) -> str:
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
-def copy_statement(table: Table, columns: Sequence[str], options: str = "") -> sql.Composed:
-    """COPY FROM STDIN of CSV in UTF-8, into these columns of a table."""
-    return sql.SQL("COPY {} ({}) FROM STDIN WITH (FORMAT csv, ENCODING 'UTF8'{})").format(
-        table.identifier, sql.SQL(", ").join(map(sql.Identifier, columns)), sql.SQL(options)
+def copy_statement(table: Table, columns: Sequence[str]) -> sql.Composed:
+    """COPY FROM STDIN of CSV in UTF-8 with a header line, into these columns of a table."""
+    return sql.SQL("COPY {} ({}) FROM STDIN WITH (FORMAT csv, HEADER true, ENCODING 'UTF8')").format(
+        table.identifier, sql.SQL(", ").join(map(sql.Identifier, columns))
     )
 
 
@@ -269,7 +272,8 @@ def load_good_records(
 
     :param first_problem: what COPY said about the file.
     :returns: rows loaded, records rejected.
-    :raises BatchError: more are bad than the limit allows: undo what was written, none of it may stay.
+    :raises BatchError: more are bad than the limit allows, there is no quarantine, or a record is not accounted for:
+        undo what was written, none of it may stay.
     """
     if limit.number > 0:
         _check_quarantine(cur, table.quarantine)
@@ -277,7 +281,7 @@ def load_good_records(
     rejects = records = lines = 0
     with _Sorter(cur, table, file) as sorter:
         for chunk in _ahead(file.records()):
-            # Once there are too many they are only counted; and without a limit one is too many.
+            # Once there are too many they are only counted; with max_rejects 0 one is too many.
             over = limit.number == 0 or not (limit.is_share or limit.allows(rejects, 0))
             bad = sorter.sort(chunk, load=not over)
             explained = sorter.explain(chunk, bad if not over else dict(list(bad.items())[: LISTED - len(listed)]))
@@ -319,7 +323,7 @@ class _Sorter:
         self.file = file
         self.copied = 0
         self._functions: list[sql.Identifier] = []
-        self._copy_statement = copy_statement(table, file.columns, ", HEADER true")
+        self._copy_statement = copy_statement(table, file.columns)
         cur.adapters.register_dumper(_TextArray, _TextArrayDumper)
         cur.execute("SELECT current_setting('de_dw.load_id')")
         ((load_id,),) = cur.fetchall()
@@ -350,8 +354,10 @@ class _Sorter:
         is_good: sql.Composable = sql.SQL(f"pg_input_is_valid(record, '{good_row.as_string(None)}')")
         self._error = "(pg_input_error_info(record, {type})).message"
         if cur.connection.info.server_version < 160000:
-            is_good = sql.SQL("{}(record)").format(self._create("is_good", CREATE_IS_GOOD_15, own_good=good_row))
-            function = self._create("input_error", CREATE_INPUT_ERROR_15)
+            is_good = sql.SQL("{}(record)").format(
+                self._create("is_good", CREATE_IS_GOOD_15, own_good=good_row, data_errors=DATA_CONDITIONS)
+            )
+            function = self._create("input_error", CREATE_INPUT_ERROR_15, data_errors=DATA_CONDITIONS)
             self._error = f"{function.as_string(None)}(record, {{type}})"
         self._find_bad = sql.SQL(FIND_BAD).format(is_good=is_good)
         error = sql.SQL(self._error.format(type=f"'{self._row.as_string(None)}'"))
@@ -431,21 +437,23 @@ class _Sorter:
         refused: dict[int, Verdict] = {}
         size = len(places)  # after a refusal short pieces, so that not all of the rest is sent again each time
         while places:
-            problem = self._try([chunk.data[place] for place in places[:size]])
-            if problem is None:
+            refusal = self._try([chunk.data[place] for place in places[:size]])
+            if refusal is None:
                 places = places[size:]
                 size *= 2
-            elif problem.line is not None:
-                refused[places.pop(problem.line)] = problem
-                size = problem.line or SHORT
+                continue
+            problem, position = refusal
+            if position is not None:
+                refused[places.pop(position)] = problem
+                size = position or SHORT
             elif min(size, len(places)) == 1:  # some constraints are looked at when all rows are there
                 refused[places.pop(0)] = problem
             else:
                 size = min(size, len(places)) // 2
         return refused
 
-    def _try(self, records: list[bytes]) -> Problem | None:
-        """Load them, or say what is wrong with one of them; its place stands in `line`, if PostgreSQL named it."""
+    def _try(self, records: list[bytes]) -> tuple[Problem, int | None] | None:
+        """Load them, or say what is wrong with one of them, and its position if PostgreSQL named its line."""
         end = self.file.newline
         try:
             with self.cur.connection.transaction():
@@ -459,11 +467,11 @@ class _Sorter:
                 raise
             problem = Problem.of(error)
         if problem.line is None:
-            return problem
+            return problem, None
         # COPY counts the first byte of a line end, within quotes too.
         last_lines = list(accumulate((record.count(end[:1]) + 1 for record in records), initial=1))
-        place = bisect_left(last_lines, problem.line) - 1
-        return problem._replace(line=place if 0 <= place < len(records) else None)
+        position = bisect_left(last_lines, problem.line) - 1
+        return problem, position if 0 <= position < len(records) else None
 
     def explain(self, chunk: Records, bad: dict[int, Verdict]) -> list[Reject]:
         """What is wrong with each of them, in the order of the file."""
@@ -478,12 +486,11 @@ class _Sorter:
                 rule = self.rules[verdict]
                 problems[place] = Problem(None, ", ".join(rule.columns), None, rule.reason)
             elif len(values) < len(self.file.columns):
-                reason = f'missing data for column "{self.file.columns[len(values)]}"'
-                problems[place] = Problem(None, None, None, reason)
+                problems[place] = f'missing data for column "{self.file.columns[len(values)]}"'
             elif len(values) > len(self.file.columns):
-                problems[place] = Problem(None, None, None, "extra data after last expected column")
+                problems[place] = "extra data after last expected column"
             else:
-                problems[place] = Problem(None, None, None, "no row of the table")
+                problems[place] = "no row of the table"
                 no_rows.append(place)
         if no_rows:
             for number, column_number, reason in self._columns_at_fault([chunk.data[place] for place in no_rows]):
@@ -491,7 +498,7 @@ class _Sorter:
         return [self._reject(chunk, place, problems[place]) for place in sorted(problems)]
 
     def _broken_rules(self, records: list[bytes]) -> list[int | str | None]:
-        """Of each the number of the rule that it breaks, or -1 when it is no row, or what evaluating the rules says."""
+        """Of each the rule that it breaks, None if none, -1 when it is no row, or what evaluating the rules says."""
         if not records:
             return []
         try:
@@ -547,10 +554,10 @@ def _as_rows(records: list[bytes]) -> _TextArray:
     return _TextArray((b"(" + text + b")").split(b"\0"))
 
 
-def _text(field: bytes | None) -> str | None:
-    """The value of a field as it stands in a record."""
-    if field is None or not field.startswith(b'"'):
-        return field.decode() if field else None
+def _text(field: bytes) -> str | None:
+    """The value of a field as it stands in a record; None where there is nothing."""
+    if not field.startswith(b'"'):
+        return field.decode() or None
     return field[1:-1].replace(b'""', b'"').decode()
 
 
@@ -558,7 +565,7 @@ def _check_quarantine(cur: Cursor[Any], quarantine: Table) -> None:
     cur.execute("SELECT to_regclass(%s) IS NULL", (quarantine.quoted,))
     if cur.fetchone() == (True,):
         raise BatchError(
-            f"there is no table {quarantine} to keep rejects in: load without max_rejects, or make it with a migration "
+            f"there is no table {quarantine} to keep rejects in: load with max_rejects 0, or make it with a migration "
             f"like sql/ddl/0005_create_raw_orders_rejects.up.sql"
         )
 

@@ -51,8 +51,10 @@ def row_count(cursor: Any) -> Any:
 
 
 def report_rows(context: Any, rows: int) -> None:
-    context["task"].log.info("stg.orders_latest: %s rows", f"{rows:,}")
-    context["outlet_events"][LATEST].extra = {"rows": rows}
+    """Say how many rows a refresh published: in its log, and with the event of its asset."""
+    (table,) = context["task"].outlets
+    context["task"].log.info("%s: %s rows", table.name, f"{rows:,}")
+    context["outlet_events"][table].extra = {"rows": rows}
 
 
 @dag(

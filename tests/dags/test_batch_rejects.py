@@ -183,9 +183,7 @@ def test_error_lists_the_first_ten_with_line_column_value_and_reason(
     assert ids(warehouse) == []
 
 
-def test_clean_file_does_not_come_this_way(
-    load: Callable[..., Load], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_clean_file_does_not_come_this_way(load: Callable[..., Load], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(BatchFile, "records", None)
 
     assert load(HEADER + row(1), max_rejects="50%").rows == 1

@@ -2,7 +2,7 @@
 
 Each drill is done DRILLS times, twice by default, with new batches in the same database:
 
-    DRILLS=20 python -m pytest -m drill
+    DRILLS=20 .venv/bin/python -m pytest -m drill
 """
 
 import hashlib
