@@ -12,6 +12,7 @@ COMMENT ON COLUMN raw.loads.repeat_of IS
 -- squawk-ignore require-concurrent-index-deletion
 DROP INDEX raw.file_is_loaded_once;
 -- squawk-ignore require-concurrent-index-creation
-CREATE UNIQUE INDEX file_is_loaded_once ON raw.loads (table_name, sha256) WHERE rows + rejects > 0 AND repeat_of IS NULL;
+CREATE UNIQUE INDEX file_is_loaded_once ON raw.loads (table_name, sha256)
+WHERE rows + rejects > 0 AND repeat_of IS NULL;
 
 GRANT INSERT (header, repeat_of) ON raw.loads TO de_dw_pipeline;
