@@ -72,8 +72,15 @@ def run_online() -> None:
             "WAREHOUSE_URL=postgresql://owner:password@localhost:5432/de_dw alembic upgrade head "
             "(make up prints the one of the embedded server)"
         )
-    # psycopg reads the URL itself, so every form that psql takes is right: sockets, several hosts, service=.
-    engine = create_engine("postgresql+psycopg://", creator=lambda: psycopg.connect(url), poolclass=NullPool)
+
+    def connect() -> psycopg.Connection:
+        """psycopg reads the URL itself, so every form that psql takes is right: sockets, several hosts, service=."""
+        conn = psycopg.connect(url)
+        # Else nobody would see what a migration warns of.
+        conn.add_notice_handler(lambda said: print(f"{said.severity}: {said.message_primary}", file=sys.stderr))  # noqa: T201
+        return conn
+
+    engine = create_engine("postgresql+psycopg://", creator=connect, poolclass=NullPool)
     with engine.connect() as connection:
         take_turn(connection)
         for name, value in SETTINGS.items():

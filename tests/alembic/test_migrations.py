@@ -117,7 +117,13 @@ def test_downgrade_that_is_told_to_lose_data_loses_repeated_loads_too(database: 
     refused = alembic(database, "downgrade", "0003", check=False)
     assert "refusing to drop columns of raw.loads: it has rows" in refused.stderr
 
+    said = alembic(database, "-x", "allow-data-loss=yes", "downgrade", "0003").stderr
+    assert (
+        "WARNING: raw.loads has files that were loaded again on purpose: index file_is_loaded_once is not made" in said
+    )
+
     alembic(database, "-x", "allow-data-loss=yes", "downgrade", "base")
+    alembic(database, "upgrade", "head")
 
 
 def test_unknown_option_is_refused_naming_the_known_ones(database: str) -> None:
