@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 from batch_file import BatchError, BatchFile, Records, fields
-from psycopg import Cursor, Error, OperationalError, ProgrammingError, sql
+from psycopg import Cursor, Error, ProgrammingError, sql
 from psycopg.abc import Buffer
 from psycopg.adapt import Dumper
 from psycopg.pq import Format
@@ -396,8 +396,9 @@ class _Sorter:
             with self.cur.connection.transaction():
                 body = sql.SQL(f"SELECT {rule.expression}")
                 self._create(f"rule_{len(self.rules)}", CREATE_RULE, body=body, columns=sql.SQL(", ").join(columns))
-        except (ProgrammingError, OperationalError) as error:  # as for a CHECK of more columns than a function may have
-            if error.sqlstate is None:
+        except Error as error:
+            # 54: a CHECK of more columns than a function may have. A cancelled statement or a full disk is not for us.
+            if not (isinstance(error, ProgrammingError) or (error.sqlstate or "").startswith("54")):
                 raise
             log.info("%s: %s: left to COPY: %s", self.file.path, rule.reason, error.diag.message_primary)
             return False

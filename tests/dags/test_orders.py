@@ -207,7 +207,7 @@ def test_bad_records_within_the_limit_are_kept_and_counted(dag: Any, warehouse: 
 def test_file_is_loaded_again_only_when_told_to(
     dag: Any, warehouse: Warehouse, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("generator.orders.generate_orders", write_file(FILE))
+    monkeypatch.setattr(GENERATE, write_file(FILE))
     for day, load_again in enumerate((False, False, True)):
         moment = RUN + timedelta(days=day)
         assert dag.test(logical_date=moment, run_after=moment, run_conf={"load_again": load_again}).state == "success"
