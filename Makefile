@@ -39,8 +39,8 @@ format: .venv/dev.ok ## ruff and sqlfluff, writing
 	@.venv/bin/ruff format .
 	@.venv/bin/sqlfluff fix sql
 
-bench: .venv/local.ok ## loads beside psql's \copy, clean and with bad rows; then ROWS orders (10 million) through the DAG
-	@.venv/bin/python -m bench.load
+bench: .venv/local.ok ## loads, refreshes, readers and the generator beside other tools; then ROWS orders through the DAG
+	@.venv/bin/python -m bench
 	@.venv/bin/python -m bench.dag_at_scale --rows $(ROWS)
 
 lock: .venv/dev.ok ## compile the requirements files anew from pyproject.toml

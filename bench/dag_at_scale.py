@@ -11,7 +11,7 @@ import sys
 from contextlib import ExitStack
 from pathlib import Path
 
-STATE = Path(__file__).resolve().parents[1] / ".run" / "bench"
+STATE = Path(__file__).resolve().parents[1] / ".run" / "bench-dag"
 
 
 def main() -> int:

@@ -1,18 +1,22 @@
 """### Land one batch of orders, publish the latest row of each
 
 `generate_batch` ──> data/raw/orders-RUN.csv ──> `load_raw` (COPY FROM STDIN) ──> **raw.orders** ──>
-`refresh_latest` (DISTINCT ON) ──> **stg.orders_latest**
+`choose_refresh` ──> one of three refreshes (DISTINCT ON) ──> **stg.orders_latest**
 
 | task | does | may run again, because |
 |---|---|---|
 | `generate_batch` | writes the run's CSV file | a run's timestamp and seed make the same bytes |
 | `load_raw` | brings it to `raw.orders`, with a row in `raw.loads` | what the ledger has is not loaded again |
-| `refresh_latest` | swaps in a fresh `stg.orders_latest` | readers see the old rows or the new, never neither |
+| `choose_refresh` | looks how much is pending (param `refresh`: auto) | it changes nothing |
+| `swap_latest` | all of raw, swapped in: the first time, or to mend stg | readers see the old rows or the new |
+| `union_latest` | previous rows and pending loads, swapped in: for large batches | the same |
+| `merge_latest` | pending loads only, in place: for small batches | what was applied is recorded with it |
 
 **If it fails:** the task's log names the cause: file, line, column and value of the bad records, the pid behind a lock.
 Nothing is half-done. Mend the cause and clear the task; a lost connection or a lock is tried again by itself.
 `SELECT * FROM raw.loads ORDER BY load_id DESC` in psql shows what has been loaded, `raw.orders_rejects` what was not
-though its file was (param `max_rejects`). docs/operations.md has every message and what to do.
+though its file was (param `max_rejects`), `stg.pending_loads` what no refresh has applied yet. The DAG `verify_orders`
+proves that stg is right. docs/operations.md has every message and what to do.
 """
 
 import os
@@ -25,8 +29,10 @@ from urllib.parse import quote
 
 from airflow.providers.common.sql.operators.sql import SQLExecuteQueryOperator
 from airflow.providers.postgres.hooks.postgres import PostgresHook
-from airflow.sdk import Asset, ExceptionRetryPolicy, Param, RetryAction, RetryRule, dag, task
+from airflow.sdk import Asset, ExceptionRetryPolicy, Label, Param, RetryAction, RetryRule, dag, task
 from batch_load import BatchError, load_batch
+from stg_refresh import choose_refresh as choose
+from stg_refresh import report_refresh, rows_written
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = Path(os.environ.get("WAREHOUSE_DATA", ROOT / "data"))
@@ -34,27 +40,16 @@ sys.path.append(str(ROOT))  # generator/ is beside dags/
 
 RAW = Asset("raw.orders", group="warehouse")
 LATEST = Asset("stg.orders_latest", group="warehouse")
+REFRESHES = {  # kind: its script, and when it is chosen, for the graph
+    "swap": ("stg.orders_latest.sql", "none applied yet"),
+    "union": ("stg.orders_latest.union.sql", "many rows pending"),
+    "merge": ("stg.orders_latest.merge.sql", "few rows pending"),
+}
 
 
 def batch_time(dag_run: Any) -> datetime:
     """The instant that a run stands for, however often it is repeated; a run may have no logical date."""
     return dag_run.logical_date or dag_run.run_after  # type: ignore[no-any-return]
-
-
-def row_count(cursor: Any) -> Any:
-    """The one number that the transform's script returns, from whichever of its statements."""
-    rows: list[tuple[Any, ...]] = []
-    while True:
-        rows = cursor.fetchall() if cursor.description else rows
-        if not cursor.nextset():
-            return rows[0][0]
-
-
-def report_rows(context: Any, rows: int) -> None:
-    """Say how many rows a refresh published: in its log, and with the event of its asset."""
-    (table,) = context["task"].outlets
-    context["task"].log.info("%s: %s rows", table.name, f"{rows:,}")
-    context["outlet_events"][table].extra = {"rows": rows}
 
 
 @dag(
@@ -96,6 +91,13 @@ def report_rows(context: Any, rows: int) -> None:
             title="Load again",
             description="Load the file though another batch has brought the same bytes before",
         ),
+        "refresh": Param(
+            "auto",
+            enum=["auto", *REFRESHES],
+            title="Refresh",
+            description="swap: all of raw, swapped in. union: previous rows and pending loads, swapped in. "
+            "merge: pending loads, in place. auto: the fastest that is right",
+        ),
     },
     default_args={
         "retries": 3,
@@ -130,18 +132,30 @@ def orders() -> None:
         outlet_events[RAW].extra = asdict(load)
         return asdict(load)
 
-    refresh_latest = SQLExecuteQueryOperator(
-        task_id="refresh_latest",
-        conn_id="de_dw",
-        sql="stg.orders_latest.sql",
-        autocommit=True,  # the script has its own BEGIN and COMMIT, and an ANALYZE after it
-        handler=row_count,
-        hook_params={"log_sql": False, "enable_log_db_messages": True},
-        post_execute=report_rows,
-        outlets=[LATEST],
-    )
+    @task.branch
+    def choose_refresh(params: Any = None, ti: Any = None) -> str:
+        refresh = choose(PostgresHook("de_dw"), "orders_latest", params["refresh"])
+        ti.xcom_push("refresh", list(refresh))
+        return f"{refresh.kind}_latest"
 
-    load_raw(generate_batch()) >> refresh_latest
+    chosen = choose_refresh()
+    for kind, (script, when) in REFRESHES.items():
+        (
+            chosen
+            >> Label(when)
+            >> SQLExecuteQueryOperator(
+                task_id=f"{kind}_latest",
+                conn_id="de_dw",
+                sql=script,
+                autocommit=True,  # the script has its own BEGIN and COMMIT, and an ANALYZE after it
+                handler=rows_written,
+                hook_params={"log_sql": False, "enable_log_db_messages": True},
+                post_execute=report_refresh,
+                outlets=[LATEST],
+            )
+        )
+
+    load_raw(generate_batch()) >> chosen
 
 
 orders()

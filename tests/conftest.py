@@ -27,6 +27,7 @@ import psycopg
 import pytest
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
+from stg_refresh import rows_written
 
 from local.postgres import DEBIAN_15, Server, embedded_binaries
 
@@ -70,7 +71,7 @@ class Warehouse:
         return psycopg.connect(make_conninfo(self.url, options=settings), **options)
 
     def given(self, table: str, data: str) -> None:
-        """Insert rows that are written as a table: names, then values, with | between; NULL is NULL."""
+        """Bring rows as a load, written as a table: names, then values, with | between; NULL is NULL."""
         lines = [[cell.strip() for cell in line.split("|")] for line in data.strip().splitlines()]
         query = sql.SQL("INSERT INTO {} ({}) VALUES ({})").format(
             sql.Identifier(*table.split(".")),
@@ -78,22 +79,23 @@ class Warehouse:
             sql.SQL(", ").join([sql.Placeholder()] * len(lines[0])),
         )
         with self.connect() as conn:
-            conn.execute("SET de_dw.load_id = 1")
+            conn.execute(
+                "INSERT INTO raw.loads (table_name, batch_id, source, sha256, bytes, rows)"
+                " SELECT %s, id, 'test', encode(sha256(id::bytea), 'hex'), 0, %s"
+                " FROM (SELECT gen_random_uuid()::text) AS new (id)"
+                " RETURNING set_config('de_dw.load_id', load_id::text, true)",
+                (table, len(lines) - 1),
+            )
             for line in lines[1:]:
                 conn.execute(query, [None if cell == "NULL" else cell for cell in line])
 
     def run(self, transform: str, *, notices: list[str] | None = None, settings: str = "") -> int:
-        """Run sql/transforms/<transform>.sql as Airflow does, and return the number of rows it says it made."""
+        """Run sql/transforms/<transform>.sql as Airflow does, and return the number of rows it wrote."""
         with self.connect(autocommit=True) as conn:
             if notices is not None:
                 conn.add_notice_handler(lambda diag: notices.append(diag.message_primary or ""))
             conn.execute(settings)
-            cursor = conn.execute((ROOT / "sql" / "transforms" / f"{transform}.sql").read_bytes())
-            rows = [(0,)]
-            while True:
-                rows = cursor.fetchall() if cursor.description else rows
-                if not cursor.nextset():
-                    return int(rows[0][0])
+            return int(rows_written(conn.execute((ROOT / "sql" / "transforms" / f"{transform}.sql").read_bytes())))
 
     def rows(self, query: str, role: str = "de_dw_reader") -> list[tuple[Any, ...]]:
         """The result of a query, by default with an analyst's rights."""

@@ -1,14 +1,23 @@
 -- stg.orders_latest: one row per order_id, its newest version in raw.orders.
--- A full refresh. It is one transaction, so it may be killed and run again at any point: in Airflow, or with psql -f.
+-- A full refresh, right whatever happened before; its cost follows the history. It is one transaction, so it may be
+-- killed and run again at any point: in Airflow, or with psql -f.
 BEGIN;
-SET LOCAL transaction_isolation = 'read committed'; -- so that the INSERT looks at raw after the lock, not before
-SET LOCAL lock_timeout = '10min'; -- longest wait for another refresh
+SET LOCAL transaction_isolation = 'read committed'; -- so that each statement looks at raw after the lock, not before
+SET LOCAL work_mem = '64MB'; -- for the sort; with more it takes longer, with the default of 4 MB too
 
--- One refresh at a time. The lock comes before the first look at raw: a slower refresh that had
--- looked earlier would otherwise publish over a newer one.
-SELECT pg_advisory_xact_lock(hashtextextended('refresh stg.orders_latest', 0));
+SELECT stg.begin_refresh('orders_latest') AS loads_to_apply; -- waits for another refresh
 
-TRUNCATE stg.orders_latest_spare;
+SELECT stg.empty_spare('orders_latest');
+
+-- One statement, so that it takes in just the loads that it says it does.
+WITH taken_in AS (
+    INSERT INTO stg.spare_loads (table_name, load_id)
+    SELECT
+        'orders_latest' AS table_name,
+        load_id
+    FROM stg.loads_to_apply('orders_latest') AS load_id
+    ON CONFLICT DO NOTHING
+)
 
 INSERT INTO stg.orders_latest_spare (
     order_id,
@@ -40,11 +49,9 @@ SELECT DISTINCT ON (order_id)
 FROM raw.orders
 ORDER BY order_id ASC, updated_at DESC, row_id DESC;
 
-ANALYZE stg.orders_latest_spare;
-
 SELECT stg.swap('orders_latest') AS row_count;
 
 COMMIT;
 
--- After the commit, so that no reader waits for it: autovacuum never analyzes a partitioned table.
-ANALYZE stg.orders_latest;
+-- After the commit, so that nobody waits for it.
+SELECT stg.analyze_if_stale('orders_latest') AS is_analyzed;

@@ -8,9 +8,19 @@ import threading
 from pathlib import Path
 
 import psycopg
+import pytest
 
 from tests.conftest import ROOT, DatabaseServer, Warehouse, alembic
 
+VERIFY = (ROOT / "sql" / "transforms" / "stg.orders_latest.verify.sql").read_text()
+# What the transform was up to 0006, in short.
+OLD_SWAP = """
+    TRUNCATE stg.orders_latest_spare;
+    INSERT INTO stg.orders_latest_spare (order_id, updated_at, row_id, load_id)
+    SELECT DISTINCT ON (order_id) order_id, updated_at, row_id, load_id FROM raw.orders
+    ORDER BY order_id ASC, updated_at DESC, row_id DESC;
+    SELECT stg.swap('orders_latest');
+"""
 ROW = "SET de_dw.load_id = 1; INSERT INTO raw.orders (order_id, updated_at) VALUES (1, now())"
 
 
@@ -20,6 +30,11 @@ def dump(server: DatabaseServer, url: str) -> list[str]:
         [server.binaries / "pg_dump", "--schema-only", f"--dbname={url}"], capture_output=True, text=True, check=True
     )
     return [line for line in done.stdout.splitlines() if not line.startswith(("--", "\\restrict", "\\unrestrict"))]
+
+
+def run(warehouse: Warehouse, statements: str, role: str = "de_dw_pipeline") -> None:
+    with warehouse.connect(role) as conn:
+        conn.execute(statements.encode())
 
 
 def psql(server: DatabaseServer, url: str) -> list[str]:
@@ -36,12 +51,86 @@ def test_up_down_and_up_again_give_the_same_schema(server: DatabaseServer, datab
 
     assert dump(server, database) == schema
     assert not [line for line in empty if "raw." in line or "stg." in line]
-    assert len([line for line in schema if line.startswith("CREATE TABLE ")]) == 8
+    assert len([line for line in schema if line.startswith("CREATE TABLE ")]) == 10
 
 
-def test_downgrade_works_after_swaps(warehouse: Warehouse) -> None:
+def test_downgrade_of_the_refreshes_gives_the_schema_before_them(server: DatabaseServer, database: str) -> None:
+    alembic(database, "upgrade", "0006")
+    schema = dump(server, database)
+
+    alembic(database, "upgrade", "head")
+    alembic(database, "downgrade", "0006")
+
+    assert dump(server, database) == schema
+    assert [line for line in schema if "CREATE TABLE stg." in line]
+
+
+def test_downgrade_after_swaps_gives_the_spare_its_indexes_back(server: DatabaseServer, database: str) -> None:
+    index = "CREATE INDEX by_status ON stg.orders_latest (status); CREATE INDEX ON stg.orders_latest (lower(product))"
+    alembic(database, "upgrade", "0006")
+    warehouse = Warehouse(database, server)
+    run(warehouse, index, "")
     for _ in range(3):
-        warehouse.run("stg.orders_latest")
+        run(warehouse, OLD_SWAP)
+    schema = dump(server, database)
+    other = Warehouse(server.make(), server)
+    alembic(other.url, "upgrade", "head")
+    for refresh in ("", ".union", "", ".merge"):
+        other.run(f"stg.orders_latest{refresh}")
+    run(other, index, "")
+
+    alembic(other.url, "downgrade", "0006")
+
+    assert sorted(dump(server, other.url)) == sorted(schema)
+    run(other, OLD_SWAP)
+    server.drop(other.url)
+
+
+@pytest.mark.parametrize("refresh", ["", ".union", ".merge"])
+def test_upgrade_of_a_warehouse_with_rows_goes_on_where_it_was(
+    server: DatabaseServer, database: str, refresh: str
+) -> None:
+    alembic(database, "upgrade", "0006")
+    warehouse = Warehouse(database, server)
+    for day in (2, 1, 3):
+        orders = "\n".join(f"{number} | 2026-01-0{day}" for number in range(1, 101))
+        warehouse.given("raw.orders", f"order_id | updated_at\n{orders}")
+    for _ in range(2):
+        run(warehouse, OLD_SWAP)
+    published = warehouse.rows("SELECT * FROM stg.orders_latest ORDER BY order_id")
+
+    alembic(database, "upgrade", "head")
+
+    status = "SELECT has_applied_loads, pending_loads, pending_rows FROM stg.refresh_status"
+    assert warehouse.rows(status) == [(False, 3, 300)]
+    assert warehouse.rows("SELECT * FROM stg.orders_latest ORDER BY order_id") == published
+    warehouse.run(f"stg.orders_latest{refresh}")
+    assert warehouse.rows("SELECT * FROM stg.orders_latest ORDER BY order_id") == published
+    warehouse.given("raw.orders", "order_id | updated_at\n1 | 2026-01-01\n2 | 2026-01-04\n101 | 2026-01-01")
+    warehouse.run(f"stg.orders_latest{refresh}")
+    changed = "SELECT order_id, updated_at::date::text FROM stg.orders_latest WHERE load_id = 4 ORDER BY order_id"
+    assert warehouse.rows(changed) == [(2, "2026-01-04"), (101, "2026-01-01")]
+    assert warehouse.rows(VERIFY, "de_dw_pipeline") == [(0, 0, 0, 101)]
+    assert warehouse.rows("SELECT load_id FROM stg.applied_loads ORDER BY load_id") == [(1,), (2,), (3,), (4,)]
+
+
+def test_what_was_applied_is_forgotten_by_a_downgrade_and_applied_again(warehouse: Warehouse) -> None:
+    warehouse.given("raw.orders", "order_id | updated_at\n1 | 2026-01-01")
+    warehouse.run("stg.orders_latest.merge")
+
+    alembic(warehouse.url, "downgrade", "0006")
+    run(warehouse, OLD_SWAP)
+    alembic(warehouse.url, "upgrade", "head")
+
+    assert warehouse.rows("SELECT load_id FROM stg.pending_loads") == [(1,)]
+    warehouse.run("stg.orders_latest.merge")
+    assert warehouse.rows(VERIFY, "de_dw_pipeline") == [(0, 0, 0, 1)]
+
+
+@pytest.mark.parametrize("refresh", ["", ".union"])
+def test_downgrade_works_after_swaps(warehouse: Warehouse, refresh: str) -> None:
+    for _ in range(3):
+        warehouse.run(f"stg.orders_latest{refresh}")
 
     alembic(warehouse.url, "downgrade", "base")
     alembic(warehouse.url, "upgrade", "head")

@@ -57,7 +57,13 @@ BAD_RECORDS = [
     '1,Ann,,24" wide,1,1.00,EUR,paid,,2025-01-01',
 ]
 WOODS = ["oak", "Eiche geölt", "オーク", "on two\nlines"]
-BEFORE_COMMIT = (ROOT / "sql" / "transforms" / "stg.orders_latest.sql").read_text().partition("\nCOMMIT;")[0]
+TRANSFORMS = ROOT / "sql" / "transforms"
+SCRIPTS = {
+    "swap": "stg.orders_latest",
+    "union": "stg.orders_latest.union",
+    "merge": "stg.orders_latest.merge",
+}
+VERIFY = (TRANSFORMS / "stg.orders_latest.verify.sql").read_text()
 
 # For each line of its input a loader in a process of its own, forked: to import what it needs takes longer than a load.
 # It says its pid when it has come to a point for the nth time, and waits there for another line.
@@ -199,10 +205,10 @@ class Books:
         assert self.load(batch).is_new
         self.loaded.append([batch])
 
-    def check(self, *, refresh: bool = True, is_published: bool = False) -> None:
+    def check(self, *, refresh: str = "swap", is_published: bool = False) -> None:
         """Raw, ledger and quarantine hold what was loaded, once; stg what was published; and a refresh brings it on.
 
-        :param refresh: False to stop before that.
+        :param refresh: which; "" to stop before that.
         :param is_published: what is loaded now has been published already.
         """
         with self.warehouse.connect("de_dw_reader", autocommit=True) as conn:
@@ -211,20 +217,30 @@ class Books:
                 self.published = latest
             self._check_stg(conn, "before the refresh")
             if refresh:
-                assert self.warehouse.run("stg.orders_latest") == len(latest)
+                written = self.warehouse.run(SCRIPTS[refresh])
+                different = sum(self.published.get(order_id) != row for order_id, row in latest.items())
+                assert written == (different if refresh == "merge" else len(latest))
                 self.published = latest
                 self._check_stg(conn, "after the refresh")
+                assert fetch(conn, "SELECT load_id FROM stg.applied_loads ORDER BY load_id") == fetch(
+                    conn, "SELECT load_id FROM raw.loads ORDER BY load_id"
+                )
 
-    def settle(self, batch: Batch, *, committed: bool) -> None:
+    def count_as_published(self) -> None:
+        """What is loaded now is what a refresh is about to publish."""
+        with self.warehouse.connect("de_dw_reader", autocommit=True) as conn:
+            self.published = newest(self._check_raw(conn))
+
+    def settle(self, batch: Batch, *, committed: bool, refresh: str = "swap") -> None:
         """Check after an interrupted load, load the batch again, and check again."""
         if committed:
             self.loaded.append([batch])
-        self.check(refresh=False)
+        self.check(refresh="")
         if not committed:
             self.load_and_count(batch)
         again = self.load(batch)
         assert (again.is_new, again.batch_id, again.rows) == (False, batch.batch_id, len(batch.rows))
-        self.check()
+        self.check(refresh=refresh)
 
     def _check_raw(self, conn: psycopg.Connection[Any]) -> list[Row]:
         """Returns the rows of raw.orders in the order they arrived."""
@@ -264,6 +280,8 @@ class Books:
             pair for pair in zip_longest(stg, [row for _, row in sorted(self.published.items())]) if pair[0] != pair[1]
         ]
         assert different[:2] == [], f"{len(different)} rows of stg.orders_latest are wrong {when}"
+        ((*wrong, _),) = fetch(conn, VERIFY)
+        assert wrong == [0, 0, 0], f"missing, extra, different {when}, says the proof in SQL"
 
 
 def newest(rows: Iterable[Row]) -> dict[int, Row]:
@@ -375,7 +393,7 @@ def bytes_copied(warehouse: Warehouse) -> int:
 def terminate(warehouse: Warehouse, pid: int) -> None:
     """What an operator does, up to the moment when the backend is gone."""
     assert warehouse.rows(f"SELECT pg_terminate_backend({pid})", "") == [(True,)]
-    wait_until(lambda: warehouse.rows(f"SELECT 1 FROM pg_stat_activity WHERE pid = {pid}", "") == [])
+    wait_until(partial(is_gone, warehouse, pid))
 
 
 def a_block(chance: random.Random, batch: Batch) -> int:
@@ -383,41 +401,95 @@ def a_block(chance: random.Random, batch: Batch) -> int:
     return chance.randint(1, -(-batch.size // BLOCK_BYTES))
 
 
+def script(kind: str) -> str:
+    return (TRANSFORMS / f"{SCRIPTS[kind]}.sql").read_text()
+
+
+def before_commit(kind: str) -> str:
+    return script(kind).partition("\nCOMMIT;")[0]
+
+
+# An index that makes whoever writes to it wait, halfway through the table, while a drill holds a lock: a merge amid its
+# INSERT, a swap while it makes the spare's index. It has row_id so that no update of a row can do without it.
+PAUSE = f"""
+CREATE OR REPLACE FUNCTION stg.pause(order_id bigint, row_id bigint) RETURNS bigint LANGUAGE plpgsql IMMUTABLE
+SET lock_timeout = 0 -- stg.swap has a short one
+AS $$
+BEGIN
+    IF order_id > {ROWS // 2} THEN
+        PERFORM pg_advisory_xact_lock_shared(7);
+    END IF;
+    RETURN row_id;
+END
+$$;
+CREATE INDEX IF NOT EXISTS pause ON stg.orders_latest_live (stg.pause(order_id, row_id));
+"""
+# objsubid 1 is for the locks with one key, such as that of a refresh; its key is a hash.
+WAITING = """
+SELECT pid FROM pg_locks
+WHERE locktype = 'advisory' AND NOT granted AND (classid, objid) {is_it} (0, 7)
+    AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
+"""
+PAUSED, IN_TURN = WAITING.format(is_it="="), WAITING.format(is_it="!=")
+
+
+@contextmanager
+def pause(warehouse: Warehouse) -> Iterator[None]:
+    """Any refresh that begins meanwhile comes to a halt halfway, and goes on afterwards."""
+    with warehouse.connect(autocommit=True) as conn:
+        conn.execute(PAUSE)
+    with closing(warehouse.connect("", autocommit=True)) as conn:
+        conn.execute("SELECT pg_advisory_lock(7)")
+        yield
+
+
 @contextmanager
 def refresh_that_fails(warehouse: Warehouse, moment: str) -> Iterator[int]:
     """The backend pid of a refresh that has come to this moment, and that must not live to see its COMMIT."""
     notices: list[str] = []
-    swapped, is_over = threading.Event(), threading.Event()
+    is_done, is_over = threading.Event(), threading.Event()
+    kind, _, when = moment.partition(" ")
 
     def is_there() -> bool:
-        if moment == "swap is done":
-            return swapped.is_set()
-        return any("is in use by" in notice for notice in notices)
+        if when == "is done":
+            return is_done.is_set()
+        if when == "waits for a reader":
+            return any("is in use by" in notice for notice in notices)
+        return warehouse.rows(PAUSED, "") == [(conn.info.backend_pid,)]
 
     def refresh() -> None:
-        conn.execute(BEFORE_COMMIT.encode())
-        swapped.set()
+        conn.execute(before_commit(kind).encode())
+        is_done.set()
         is_over.wait(SECONDS)
         conn.execute("COMMIT")
 
-    with closing(warehouse.connect(autocommit=True)) as conn, ThreadPoolExecutor(1) as thread:
+    with closing(warehouse.connect(autocommit=True)) as conn, ThreadPoolExecutor(1) as thread, ExitStack() as stack:
         conn.add_notice_handler(lambda diag: notices.append(diag.message_primary or ""))
-        with closing(warehouse.connect("de_dw_reader")) as reader:
-            if moment == "swap waits for a reader":
-                reader.execute("SELECT count(*) FROM stg.orders_latest")
-            running = thread.submit(refresh)
-            try:
-                wait_until(lambda: is_there() or running.done())
-                assert not running.done(), running.exception()
-                yield conn.info.backend_pid
-            finally:
-                is_over.set()
-            with pytest.raises(psycopg.OperationalError):
-                running.result(SECONDS)
+        if when == "waits for a reader":
+            reader = stack.enter_context(closing(warehouse.connect("de_dw_reader")))
+            reader.execute("SELECT count(*) FROM stg.orders_latest")
+        elif when != "is done":
+            stack.enter_context(pause(warehouse))
+        running = thread.submit(refresh)
+        try:
+            wait_until(lambda: is_there() or running.done())
+            assert not running.done(), running.exception()
+            yield conn.info.backend_pid
+        finally:
+            is_over.set()
+        with pytest.raises(psycopg.OperationalError):
+            running.result(SECONDS)
 
 
 POINTS = ["before COPY", "in COPY", "after COPY", "among rejects", "before COMMIT", "after COMMIT"]
-MOMENTS = ["swap is done", "swap waits for a reader"]
+MOMENTS = [
+    "swap is done",
+    "swap waits for a reader",
+    "union is done",
+    "union makes the spare's index",
+    "merge is halfway",
+    "merge is done",
+]
 
 
 @pytest.mark.parametrize("point", POINTS)
@@ -492,7 +564,7 @@ def test_server_that_dies_amid_load_and_refresh_has_what_was_committed_and_no_mo
 
             books.warehouse = own_server.warehouse(name)
             assert loader.go_on() == "OperationalError"
-            books.settle(batch, committed=False)
+            books.settle(batch, committed=False, refresh=moment.split()[0])
     own_server.databases().drop(books.warehouse.url)
 
 
@@ -519,14 +591,49 @@ def test_terminated_refresh_publishes_nothing_and_the_next_one_all(books: Books,
             with refresh_that_fails(books.warehouse, moment) as pid:
                 terminate(books.warehouse, pid)
 
-            books.check()
+            books.check(refresh=moment.split()[0])
+
+
+@pytest.mark.parametrize("kind", SCRIPTS)
+@pytest.mark.parametrize("sent", ["statement by statement", "as one message"])
+def test_refresh_whose_client_is_killed_has_published_all_or_nothing(books: Books, kind: str, sent: str) -> None:
+    warehouse = books.warehouse
+    psql = [str(warehouse.server.binaries / "psql"), "-Xq", "-v", "ON_ERROR_STOP=1"]
+    psql.append(make_conninfo(warehouse.url, options="-c role=de_dw_pipeline"))
+    for number in range(1, DRILLS + 1):
+        with repetition(number, f"{kind} {sent}"):
+            books.load_and_count(books.deliver())
+            with ExitStack() as stack:
+                with pause(warehouse):
+                    how = ["-f", "-"] if sent == "statement by statement" else ["-c", script(kind)]
+                    client = stack.enter_context(
+                        subprocess.Popen([*psql, *how], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+                    )
+                    assert client.stdin is not None
+                    client.stdin.write(script(kind))
+                    client.stdin.close()
+                    wait_until(lambda: len(warehouse.rows(PAUSED, "")) == 1)
+                    ((pid,),) = warehouse.rows(PAUSED, "")
+
+                    client.kill()
+
+                # The server is told by its next word to the client, and goes on until then.
+                wait_until(partial(is_gone, warehouse, pid))
+            # Airflow sends it so: what comes after the statement, COMMIT too, was with the server already.
+            books.check(refresh="", is_published=sent == "as one message")
+
+            books.check(refresh="merge")
+
+
+def is_gone(warehouse: Warehouse, pid: int) -> bool:
+    return warehouse.rows(f"SELECT 1 FROM pg_stat_activity WHERE pid = {pid}", "") == []
 
 
 PLENTY = 64 * 1024
 
 
 class SmallDisk(NamedTuple):
-    """A file system in memory that raw.orders is on."""
+    """A file system in memory that a table is on: raw.orders, or what a test asks for."""
 
     path: Path
 
@@ -538,7 +645,7 @@ class SmallDisk(NamedTuple):
 
 
 @pytest.fixture
-def small_disk(warehouse: Warehouse, tmp_path: Path) -> Iterator[SmallDisk]:
+def small_disk(warehouse: Warehouse, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[SmallDisk]:
     if os.geteuid() != 0:
         pytest.skip("only root may mount a small file system")
     ((data,),) = warehouse.rows("SHOW data_directory", "")
@@ -553,6 +660,8 @@ def small_disk(warehouse: Warehouse, tmp_path: Path) -> Iterator[SmallDisk]:
     if mounted.returncode != 0:
         pytest.skip(f"mount is not permitted: {mounted.stderr.strip()}")
     tablespace = sql.Identifier(f"small_{os.getpid()}")
+    move = sql.SQL("ALTER TABLE {} SET TABLESPACE {}")
+    table = sql.Identifier(*getattr(request, "param", "raw.orders").split("."))
     with ExitStack() as stack:
         # Lazily: a server that a failed test has left with a file open there must not keep it for ever.
         stack.callback(subprocess.run, ["umount", "--lazy", str(path)], check=True)
@@ -562,8 +671,8 @@ def small_disk(warehouse: Warehouse, tmp_path: Path) -> Iterator[SmallDisk]:
         except errors.InsufficientPrivilege as error:
             pytest.skip(f"the server can't get to the file system: {error.diag.message_primary}")
         stack.callback(conn.execute, sql.SQL("DROP TABLESPACE {}").format(tablespace))
-        stack.callback(conn.execute, "ALTER TABLE raw.orders SET TABLESPACE pg_default")
-        conn.execute(sql.SQL("ALTER TABLE raw.orders SET TABLESPACE {}").format(tablespace))
+        stack.callback(conn.execute, move.format(table, sql.Identifier("pg_default")))
+        conn.execute(move.format(table, tablespace))
         yield SmallDisk(path)
 
 
@@ -586,6 +695,27 @@ def test_full_disk_fails_the_load_in_the_servers_words_and_space_is_all_it_takes
                 books.check()
                 small_disk.leave(PLENTY)
                 books.settle(batch, committed=False)
+
+
+@pytest.mark.parametrize("small_disk", ["stg.orders_latest_live"], indirect=True)
+def test_full_disk_fails_the_merge_in_the_servers_words_and_space_is_all_it_takes(
+    books: Books, small_disk: SmallDisk
+) -> None:
+    with closing(books.warehouse.connect("", autocommit=True)) as bystander:
+        bystander.execute("ALTER TABLE stg.orders_latest_live SET (autovacuum_enabled = off)")
+        for number in range(1, DRILLS + 1):
+            kilobytes = seeded(number).randint(8, 24)
+            with repetition(number, f"with {kilobytes} KB left"):
+                books.load_and_count(books.deliver())
+                bystander.execute("VACUUM FULL stg.orders_latest_live")  # no room left inside the table
+                small_disk.leave(kilobytes)
+
+                with pytest.raises(errors.DiskFull, match="could not extend file"):
+                    books.warehouse.run(SCRIPTS["merge"])
+
+                books.check(refresh="")
+                small_disk.leave(PLENTY)
+                books.check(refresh="merge")
 
 
 def load_at_once(books: Books, batches: Sequence[Batch]) -> list[Load]:
@@ -639,11 +769,6 @@ def test_eight_batches_at_once_are_all_loaded(books: Books) -> None:
 
 def test_two_refreshes_at_once_publish_what_was_loaded_between_them(books: Books) -> None:
     warehouse = books.warehouse
-    waiting = """
-        SELECT 1 FROM pg_locks
-        WHERE locktype = 'advisory' AND NOT granted
-            AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
-    """
     for number in range(1, DRILLS + 1):
         notices: list[str] = []
         with repetition(number), ThreadPoolExecutor(3) as threads:
@@ -653,7 +778,7 @@ def test_two_refreshes_at_once_publish_what_was_loaded_between_them(books: Books
                 refreshes = [threads.submit(warehouse.run, "stg.orders_latest", notices=notices)]
                 wait_until(partial(bool, notices))
                 refreshes.append(threads.submit(warehouse.run, "stg.orders_latest"))
-                wait_until(lambda: warehouse.rows(waiting, "") != [])
+                wait_until(lambda: warehouse.rows(IN_TURN, "") != [])
                 books.load_and_count(books.deliver(rows=ROWS // 4))
             assert refreshes[0].result(SECONDS) <= refreshes[1].result(SECONDS)
             books.check(is_published=True)
@@ -667,6 +792,73 @@ def test_two_refreshes_at_once_publish_what_was_loaded_between_them(books: Books
             assert all(refresh.result(SECONDS) for refresh in refreshes)
             books.loaded.append([batch])
             books.check(is_published=True)
+
+
+PAIRS = [("merge", "merge"), ("merge", "swap"), ("merge", "union"), ("swap", "merge"), ("union", "merge")]
+
+
+@pytest.mark.parametrize(("first", "second"), PAIRS)
+def test_refresh_waits_for_one_of_another_kind_and_publishes_what_was_loaded_between_them(
+    books: Books, first: str, second: str
+) -> None:
+    warehouse = books.warehouse
+    for number in range(1, DRILLS + 1):
+        with repetition(number, f"{first}, {second}"), ThreadPoolExecutor(2) as threads:
+            books.load_and_count(books.deliver())
+            with pause(warehouse):
+                refreshes = [threads.submit(warehouse.run, SCRIPTS[first])]
+                wait_until(lambda: warehouse.rows(PAUSED, "") != [])
+                refreshes.append(threads.submit(warehouse.run, SCRIPTS[second]))
+                wait_until(lambda: warehouse.rows(IN_TURN, "") != [])
+                books.load_and_count(books.deliver(rows=ROWS // 4))
+                books.check(refresh="")
+
+            assert all(refresh.result(SECONDS) for refresh in refreshes)
+            books.check(refresh="merge", is_published=True)
+
+
+@pytest.mark.parametrize("kind", SCRIPTS)
+def test_load_that_commits_after_a_refresh_has_begun_is_published_by_it_or_by_the_next(books: Books, kind: str) -> None:
+    begin, insert, rest = before_commit(kind).partition("\n-- One statement")
+    for number in range(1, DRILLS + 1):
+        batches = [books.deliver() for _ in range(3)]
+        with repetition(number, kind), books.warehouse.connect() as late, books.warehouse.connect() as conn:
+            load_batch(late, table="raw.orders", batch_id=batches[0].batch_id, path=batches[0].path)
+            assert books.load(batches[1]).is_new  # whose load_id and row_id are greater
+            if kind != "swap":
+                books.loaded.append([batches[1]])
+                books.count_as_published()
+                books.loaded.pop()
+
+            conn.autocommit = True
+            conn.execute(begin.encode())
+            late.commit()
+            books.loaded += [[batches[0]], [batches[1]]]
+            books.load_and_count(batches[2])
+            conn.execute((insert + rest).encode())
+            conn.execute("COMMIT")
+
+            if kind == "swap":
+                books.count_as_published()
+            books.check(refresh="")
+            books.check(refresh="merge")
+
+
+def test_merges_beside_loaders_publish_each_load_once_and_are_right_at_any_time(books: Books) -> None:
+    warehouse, size = books.warehouse, ROWS // 5
+    for number in range(1, DRILLS + 1):
+        batches = [[books.deliver(rows=size) for _ in range(5)] for _ in range(3)]
+        with repetition(number), ThreadPoolExecutor(3) as threads:
+            loaders = [threads.submit(lambda own: [books.load(batch) for batch in own], own) for own in batches]
+            while not all(loader.done() for loader in loaders):
+                warehouse.run(SCRIPTS["merge"])
+                ((*wrong, _),) = warehouse.rows(VERIFY)
+                assert wrong == [0, 0, 0], "missing, extra, different"
+            assert all(load.is_new for loader in loaders for load in loader.result())
+
+            books.loaded.append([batch for own in batches for batch in own])
+            warehouse.run(SCRIPTS["merge"])
+            books.check(refresh="merge", is_published=True)
 
 
 def schema(warehouse: Warehouse) -> list[Row]:

@@ -1,12 +1,13 @@
-"""The DAG `orders`: its structure, and real runs of it on a real warehouse."""
+"""The DAGs `orders` and `verify_orders`: their structure, and real runs of them on a real warehouse."""
 
 import os
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psycopg
@@ -17,11 +18,13 @@ from local.settings import airflow_connection, environment, metadata_url
 from tests.conftest import FAST, ROOT, Warehouse
 
 RUN = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
+KINDS = ("swap", "union", "merge")
 
 
 @pytest.fixture(scope="session")
 def airflow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Airflow with a metadata database of its own, in this process."""
+    assert "airflow" not in sys.modules, "it has read its settings already, and would use ~/airflow"
     home = tmp_path_factory.mktemp("airflow")
     with pytest.MonkeyPatch.context() as patch, Server(home / "postgres", settings=FAST) as server:
         with psycopg.connect(server.url("postgres"), autocommit=True) as conn:
@@ -42,8 +45,8 @@ def airflow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture
-def parsed(airflow: None) -> Any:
-    """The DAG, read from its file for each test: a run in this process changes the defaults of its params."""
+def dags(airflow: None) -> Any:
+    """The DAGs, read from their files for each test: a run in this process changes the defaults of their params."""
     from airflow.dag_processing.dagbag import BundleDagBag
 
     with warnings.catch_warnings(record=True) as caught:
@@ -51,8 +54,13 @@ def parsed(airflow: None) -> Any:
         bag = BundleDagBag(ROOT / "dags", bundle_path=ROOT / "dags", bundle_name="dags-folder")
     assert bag.import_errors == {}
     assert [warning for warning in caught if Path(warning.filename).parent == ROOT / "dags"] == []
-    assert list(bag.dags) == ["orders"]
-    return bag.dags["orders"]
+    assert sorted(bag.dags) == ["orders", "verify_orders"]
+    return bag.dags
+
+
+@pytest.fixture
+def parsed(dags: Any) -> Any:
+    return dags["orders"]
 
 
 @pytest.fixture
@@ -61,9 +69,38 @@ def dag(parsed: Any, warehouse: Warehouse, monkeypatch: pytest.MonkeyPatch) -> A
     return parsed
 
 
+@pytest.fixture
+def verify(dags: Any, dag: Any) -> Callable[[], Any]:
+    """Run the DAG verify_orders on the warehouse."""
+    return lambda: dags["verify_orders"].test(logical_date=RUN, run_after=RUN)
+
+
 def states(run: Any) -> dict[str, tuple[str, int]]:
     """State and number of tries of each task."""
     return {task.task_id: (task.state, task.try_number) for task in run.get_task_instances()}
+
+
+def refresh_states(run: Any) -> dict[str, str]:
+    """State of each of the three refreshes, by its kind."""
+    return {kind: states(run)[f"{kind}_latest"][0] for kind in KINDS}
+
+
+def only(kind: str) -> dict[str, str]:
+    """What refresh_states are when one has run."""
+    return {other: "success" if other == kind else "skipped" for other in KINDS}
+
+
+def events(run: Any) -> dict[str, dict[str, Any]]:
+    """What a run's asset events say, by asset."""
+    from airflow.models.asset import AssetEvent
+    from airflow.utils.session import create_session
+    from sqlalchemy import select
+
+    with create_session() as session:
+        found = session.scalars(
+            select(AssetEvent).where(AssetEvent.source_run_id == run.run_id).order_by(AssetEvent.id)
+        ).all()
+        return {event.asset.name: event.extra for event in found[-2:]}
 
 
 def counts(warehouse: Warehouse) -> tuple[Any, ...]:
@@ -78,21 +115,41 @@ def counts(warehouse: Warehouse) -> tuple[Any, ...]:
     return tuple(figures)
 
 
-def test_flow_is_generate_load_refresh(parsed: Any) -> None:
+def test_flow_is_generate_load_and_one_of_three_refreshes(parsed: Any) -> None:
     assert {task.task_id: sorted(task.downstream_task_ids) for task in parsed.tasks} == {
         "generate_batch": ["load_raw"],
-        "load_raw": ["refresh_latest"],
-        "refresh_latest": [],
+        "load_raw": ["choose_refresh"],
+        "choose_refresh": ["merge_latest", "swap_latest", "union_latest"],
+        "swap_latest": [],
+        "union_latest": [],
+        "merge_latest": [],
     }
     assert {task.task_id: [asset.name for asset in task.outlets] for task in parsed.tasks} == {
         "generate_batch": [],
         "load_raw": ["raw.orders"],
-        "refresh_latest": ["stg.orders_latest"],
+        "choose_refresh": [],
+        "swap_latest": ["stg.orders_latest"],
+        "union_latest": ["stg.orders_latest"],
+        "merge_latest": ["stg.orders_latest"],
+    }
+    assert {kind: parsed.get_edge_info("choose_refresh", f"{kind}_latest")["label"] for kind in KINDS} == {
+        "swap": "none applied yet",
+        "union": "many rows pending",
+        "merge": "few rows pending",
     }
     assert parsed.max_active_runs == 1
     assert not parsed.catchup
     assert all(task.retries == 3 and task.retry_exponential_backoff for task in parsed.tasks)
     assert "If it fails" in parsed.doc_md
+
+
+def test_verification_is_one_task_that_is_tried_again_and_updates_no_asset(dags: Any) -> None:
+    (task,) = dags["verify_orders"].tasks
+
+    assert (task.task_id, task.retries, task.outlets) == ("verify_latest", 3, [])
+    assert dags["verify_orders"].max_active_runs == 1
+    assert not dags["verify_orders"].catchup
+    assert "It changes nothing" in dags["verify_orders"].doc_md
 
 
 @pytest.mark.parametrize(
@@ -116,6 +173,12 @@ def test_flow_is_generate_load_refresh(parsed: Any) -> None:
         ("max_rejects", "some", False),
         ("load_again", True, True),
         ("load_again", "yes", False),
+        ("refresh", "auto", True),
+        ("refresh", "swap", True),
+        ("refresh", "union", True),
+        ("refresh", "merge", True),
+        ("refresh", "full", False),
+        ("refresh", None, False),
     ],
 )
 def test_params_have_limits(parsed: Any, name: str, value: object, fits: bool) -> None:
@@ -159,21 +222,169 @@ def test_older_batch_that_comes_late_does_not_replace_newer_rows(dag: Any, wareh
     assert counts(warehouse) == (20, 2, 10, 10, 10)
 
 
-def test_assets_carry_the_row_counts(dag: Any, warehouse: Warehouse) -> None:
-    from airflow.models.asset import AssetEvent
-    from airflow.utils.session import create_session
-    from sqlalchemy import select
-
+def test_assets_carry_the_row_counts_and_why_it_was_refreshed_so(dag: Any, warehouse: Warehouse) -> None:
     run = dag.test(logical_date=RUN, run_after=RUN, run_conf={"rows": 7})
 
-    with create_session() as session:
-        events = session.scalars(
-            select(AssetEvent).where(AssetEvent.source_run_id == run.run_id).order_by(AssetEvent.id)
-        ).all()
-        extras = {event.asset.name: event.extra["rows"] for event in events[-2:]}
-    assert extras == {"raw.orders": 7, "stg.orders_latest": 7}
-    (refresh,) = [task for task in run.get_task_instances() if task.task_id == "refresh_latest"]
-    assert refresh.xcom_pull(task_ids="refresh_latest") == 7
+    why = "no load has been applied yet; 7 rows of 1 loads are pending, the table has about 0"
+    assert events(run)["raw.orders"]["rows"] == 7
+    assert events(run)["stg.orders_latest"] == {"rows": 7, "refresh": "swap", "why": why}
+    (refresh,) = [task for task in run.get_task_instances() if task.task_id == "swap_latest"]
+    assert refresh.xcom_pull(task_ids="swap_latest") == 7
+    assert refresh.xcom_pull(task_ids="choose_refresh", key="refresh") == ["swap", why]
+
+
+def test_first_refresh_is_a_swap_then_few_rows_are_merged_and_many_swapped_in(dag: Any, warehouse: Warehouse) -> None:
+    for hour, (rows, kind, why) in enumerate(
+        [
+            (10, "swap", "no load has been applied yet; 10 rows of 1 loads are pending, the table has about 0"),
+            (2, "merge", "few; 2 rows of 1 loads are pending, the table has about 10"),
+            (5, "union", "many; 5 rows of 1 loads are pending, the table has about 10"),
+            (9, "union", "many; 9 rows of 1 loads are pending, the table has about 10"),
+            (1, "merge", "few; 1 rows of 1 loads are pending, the table has about 10"),
+        ]
+    ):
+        moment = RUN + timedelta(hours=hour)
+        run = dag.test(logical_date=moment, run_after=moment, run_conf={"rows": rows, "seed": hour})
+
+        assert run.state == "success"
+        assert refresh_states(run) == only(kind)
+        written = rows if kind == "merge" else 10
+        assert events(run)["stg.orders_latest"] == {"rows": written, "refresh": kind, "why": why}
+
+    assert verification(warehouse) == (0, 0, 0, 10)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_refresh_that_is_asked_for_is_the_one_that_runs(dag: Any, warehouse: Warehouse, kind: str) -> None:
+    for hour, rows in enumerate((10, 3)):
+        moment = RUN + timedelta(hours=hour)
+        run = dag.test(logical_date=moment, run_after=moment, run_conf={"rows": rows, "refresh": kind})
+
+        assert run.state == "success"
+        assert refresh_states(run) == only(kind)
+        assert events(run)["stg.orders_latest"]["refresh"] == kind
+        assert events(run)["stg.orders_latest"]["why"].startswith("asked for; ")
+
+    assert counts(warehouse) == (13, 2, 10, 10, 3)
+    assert verification(warehouse) == (0, 0, 0, 10)
+
+
+@pytest.mark.parametrize(
+    ("has_applied_loads", "pending", "rows", "kind"),
+    [
+        (False, 1, 1_000_000, "swap"),
+        (False, 0, 0, "swap"),
+        (True, 0, 0, "merge"),
+        (True, 0, 1_000, "merge"),
+        (True, 249, 1_000, "merge"),
+        (True, 250, 1_000, "union"),
+        (True, 1, 0, "union"),
+    ],
+)
+def test_union_is_chosen_from_a_share_of_the_table_on(
+    monkeypatch: pytest.MonkeyPatch, has_applied_loads: bool, pending: int, rows: int, kind: str
+) -> None:
+    from stg_refresh import choose_refresh
+
+    monkeypatch.setattr("stg_refresh.SWAP_FROM", 0.25)
+    hook = SimpleNamespace(get_first=lambda *_, **__: (has_applied_loads, 2, pending, rows))
+
+    assert choose_refresh(hook, "orders_latest", "auto").kind == kind
+    assert [choose_refresh(hook, "orders_latest", asked).kind for asked in KINDS] == [*KINDS]
+
+
+def test_unknown_staging_table_is_named(dag: Any, warehouse: Warehouse) -> None:
+    from airflow.providers.postgres.hooks.postgres import PostgresHook
+    from stg_refresh import choose_refresh
+
+    with pytest.raises(ValueError, match=r"stg\.table_versions has no row for invoices_latest"):
+        choose_refresh(PostgresHook("de_dw"), "invoices_latest", "auto")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_refresh_that_is_cleared_runs_again_and_changes_nothing(dag: Any, warehouse: Warehouse, kind: str) -> None:
+    moments = [RUN, RUN + timedelta(hours=1)]
+    for moment in moments:
+        run = dag.test(logical_date=moment, run_after=moment, run_conf={"rows": 10, "refresh": kind})
+    published = warehouse.rows("SELECT * FROM stg.orders_latest ORDER BY order_id")
+
+    again = run_again(dag, run, f"{kind}_latest")
+
+    assert again == 0 if kind == "merge" else again == 10
+    assert warehouse.rows("SELECT * FROM stg.orders_latest ORDER BY order_id") == published
+    assert warehouse.rows("SELECT count(*) FROM stg.applied_loads") == [(2,)]
+    assert verification(warehouse) == (0, 0, 0, 10)
+
+
+def test_loads_whose_refresh_failed_are_published_by_the_next(dag: Any, warehouse: Warehouse) -> None:
+    assert dag.test(logical_date=RUN, run_after=RUN, run_conf={"rows": 20}).state == "success"
+    alter(warehouse, "REVOKE INSERT (table_name, load_id) ON stg.applied_loads FROM de_dw_pipeline")
+    for task in dag.tasks:
+        task.retries = 0
+    missed = RUN + timedelta(hours=1)
+    assert dag.test(logical_date=missed, run_after=missed, run_conf={"rows": 3, "refresh": "merge"}).state == "failed"
+    alter(warehouse, "GRANT INSERT (table_name, load_id) ON stg.applied_loads TO de_dw_pipeline")
+
+    later = RUN + timedelta(hours=2)
+    run = dag.test(logical_date=later, run_after=later, run_conf={"rows": 1, "refresh": "auto"})
+
+    assert events(run)["stg.orders_latest"] == {
+        "rows": 3,
+        "refresh": "merge",
+        "why": "few; 4 rows of 2 loads are pending, the table has about 20",
+    }
+    assert verification(warehouse) == (0, 0, 0, 20)
+
+
+@pytest.mark.parametrize(
+    ("tampering", "found"),
+    [
+        ("UPDATE stg.orders_latest_live SET status = 'lost' WHERE order_id = 3", "0 missing, 0 extra, 1 different, 10"),
+        ("DELETE FROM stg.orders_latest_live WHERE order_id < 3", "2 missing, 0 extra, 0 different, 8"),
+        ("TRUNCATE stg.orders_latest_live", "10 missing, 0 extra, 0 different, 0"),
+    ],
+)
+def test_verification_is_red_at_once_when_somebody_else_wrote_and_green_after_a_swap(
+    dag: Any, warehouse: Warehouse, verify: Callable[[], Any], tampering: str, found: str
+) -> None:
+    from airflow.sdk.exceptions import AirflowFailException
+    from stg_refresh import differences
+
+    assert dag.test(logical_date=RUN, run_after=RUN, run_conf={"rows": 10}).state == "success"
+    assert verify().state == "success"
+    alter(warehouse, tampering)
+
+    red = verify()
+
+    assert states(red) == {"verify_latest": ("failed", 1)}, "to look again would not help"
+    with warehouse.connect() as conn, pytest.raises(AirflowFailException) as said:
+        differences(conn.execute(VERIFY.read_bytes()))
+    assert f"would make of raw: {found} compared. Trigger the DAG that refreshes it with refresh set to swap" in str(
+        said.value
+    )
+    later = RUN + timedelta(hours=1)
+    assert dag.test(logical_date=later, run_after=later, run_conf={"rows": 1, "refresh": "swap"}).state == "success"
+    assert verify().state == "success"
+
+
+def test_verification_leaves_pending_loads_out_and_applies_none(
+    dag: Any, warehouse: Warehouse, verify: Callable[[], Any]
+) -> None:
+    assert dag.test(logical_date=RUN, run_after=RUN, run_conf={"rows": 10}).state == "success"
+    warehouse.given("raw.orders", "order_id | updated_at\n1 | 2026-01-03\n11 | 2026-01-03")
+
+    assert verify().state == "success"
+
+    assert warehouse.rows("SELECT rows FROM stg.pending_loads") == [(2,)]
+
+
+def test_verification_of_a_warehouse_that_is_away_is_red(
+    dags: Any, verify: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AIRFLOW_CONN_DE_DW", airflow_connection("postgresql://nobody@/nothing?host=/nonexistent"))
+    monkeypatch.setattr(dags["verify_orders"].tasks[0], "retries", 0)
+
+    assert verify().state == "failed"
 
 
 def test_bad_batch_fails_at_once_and_changes_nothing(dag: Any, warehouse: Warehouse) -> None:
@@ -185,7 +396,8 @@ def test_bad_batch_fails_at_once_and_changes_nothing(dag: Any, warehouse: Wareho
 
     assert run.state == "failed"
     assert states(run)["load_raw"] == ("failed", 1), "a file that is bad stays bad: no retry"
-    assert states(run)["refresh_latest"][0] == "upstream_failed"
+    assert states(run)["choose_refresh"][0] == "upstream_failed"
+    assert refresh_states(run) == dict.fromkeys(KINDS, "upstream_failed")
     assert counts(warehouse) == (5, 1, 5, 5, 5)
 
 
@@ -247,7 +459,33 @@ def alter(warehouse: Warehouse, statement: str) -> None:
         conn.execute(statement.encode())
 
 
+def verification(warehouse: Warehouse) -> tuple[int, ...]:
+    """Rows that are missing, extra and different, and how many were compared."""
+    (found,) = warehouse.rows(VERIFY.read_text())
+    return found
+
+
+def run_again(dag: Any, run: Any, task_id: str) -> Any:
+    """Run one task of a run once more, as Clear does in the UI: what it returned."""
+    from airflow.sdk.definitions.dag import _run_task
+
+    (instance,) = [task for task in run.get_task_instances() if task.task_id == task_id]
+    instance.set_state("scheduled")
+    instance.try_number += 1
+    done = _run_task(ti=instance, task=dag.get_task(task_id))
+    assert done is not None
+    assert done.state == "success"
+    return instance.xcom_pull(task_ids=task_id)
+
+
 GENERATE = "generator.orders.generate_orders"
+VERIFY = ROOT / "sql" / "transforms" / "stg.orders_latest.verify.sql"
+RULE = "ALTER TABLE stg.orders_latest_{} ADD CONSTRAINT still_shipped CHECK (status = 'shipped')"
+FOREIGN_KEY = (
+    "CREATE TABLE public.notes (order_id bigint REFERENCES stg.orders_latest); INSERT INTO public.notes VALUES (1)"
+)
+VIEW = "CREATE VIEW public.paid AS SELECT order_id FROM stg.orders_latest_live"
+NO_RECORD = "REVOKE INSERT (table_name, load_id) ON stg.applied_loads FROM de_dw_pipeline"
 # What goes wrong: an SQL statement or another generator; and the task that has to be red.
 FAILURES: dict[str, tuple[str | Any, str]] = {
     "generator fails": (raise_(OSError(28, "No space left on device")), "generate_batch"),
@@ -261,16 +499,26 @@ FAILURES: dict[str, tuple[str | Any, str]] = {
     "no right": ("REVOKE INSERT ON raw.orders FROM de_dw_pipeline", "load_raw"),
     "no table": ("ALTER TABLE raw.orders RENAME TO moved", "load_raw"),
     "no ledger": ("ALTER TABLE raw.loads RENAME TO moved", "load_raw"),
-    "no swap": ("DROP FUNCTION stg.swap(text)", "refresh_latest"),
-    "rule of stg": (
-        "ALTER TABLE stg.orders_latest_spare ADD CONSTRAINT none CHECK (order_id IS NULL)",
-        "refresh_latest",
+    "no version": ("DELETE FROM stg.table_versions", "choose_refresh"),
+    "no status": ("DROP VIEW stg.refresh_status", "choose_refresh"),
+    "rule of the spare": (RULE.format("spare"), "swap_latest"),
+    "rule of the spare, union": (RULE.format("spare"), "union_latest"),
+    "rule of the live table": (RULE.format("live"), "merge_latest"),
+    "no swap": ("DROP FUNCTION stg.swap(text)", "swap_latest"),
+    "no swap, union": ("DROP FUNCTION stg.swap(text)", "union_latest"),
+    "foreign key in the way": (FOREIGN_KEY, "swap_latest"),
+    "foreign key in the way, union": (FOREIGN_KEY, "union_latest"),
+    "view in the way": (VIEW, "swap_latest"),
+    "view in the way, union": (VIEW, "union_latest"),
+    "no right to record": (NO_RECORD, "swap_latest"),
+    "no right to record, union": (NO_RECORD, "union_latest"),
+    "no right to record, merge": (NO_RECORD, "merge_latest"),
+    "no right to summarize": (
+        "REVOKE EXECUTE ON FUNCTION raw.summarize_new_pages(text) FROM de_dw_pipeline",
+        "merge_latest",
     ),
-    "no version": ("DELETE FROM stg.table_versions", "refresh_latest"),
-    "foreign key in the way": (
-        "CREATE TABLE public.notes (order_id bigint REFERENCES stg.orders_latest); INSERT INTO public.notes VALUES (1)",
-        "refresh_latest",
-    ),
+    "no source": ("UPDATE stg.table_versions SET source_table = NULL", "merge_latest"),
+    "no right to write": ("ALTER TABLE stg.orders_latest_live OWNER TO CURRENT_USER", "merge_latest"),
 }
 
 
@@ -289,15 +537,20 @@ def test_failure_makes_its_task_red_and_stops_what_comes_after(
         alter(warehouse, failure)
     else:
         monkeypatch.setattr(GENERATE, failure)
+    kind = red.removesuffix("_latest")
 
-    run = dag.test(logical_date=RUN, run_after=RUN)
+    run = dag.test(logical_date=RUN, run_after=RUN, run_conf={"refresh": kind if kind in KINDS else "auto"})
 
     assert run.state == "failed"
-    flow = ["generate_batch", "load_raw", "refresh_latest"]
-    place = flow.index(red)
+    flow = ["generate_batch", "load_raw", "choose_refresh"]
+    place = flow.index(red) if red in flow else len(flow)
     expected = ["success"] * place + ["failed"] + ["upstream_failed"] * (2 - place)
-    assert [states(run)[task][0] for task in flow] == expected
+    assert [states(run)[task][0] for task in flow] == expected[:3]
+    assert refresh_states(run) == {
+        other: "upstream_failed" if red in flow else "failed" if other == kind else "skipped" for other in KINDS
+    }
     assert warehouse.rows("SELECT order_id, status FROM stg.orders_latest", "") == [(1, "shipped")]
+    assert warehouse.rows("SELECT count(*) FROM stg.applied_loads", "") == [(1,)]
 
 
 def test_database_that_is_away_makes_the_load_red_and_stops_the_refresh(
@@ -310,15 +563,17 @@ def test_database_that_is_away_makes_the_load_red_and_stops_the_refresh(
     run = dag.test(logical_date=RUN, run_after=RUN)
 
     assert run.state == "failed"
-    assert [states(run)[task][0] for task in ("load_raw", "refresh_latest")] == ["failed", "upstream_failed"]
+    assert [states(run)[task][0] for task in ("load_raw", "choose_refresh")] == ["failed", "upstream_failed"]
+    assert refresh_states(run) == dict.fromkeys(KINDS, "upstream_failed")
 
 
-def test_importing_the_dag_opens_no_connection_and_no_file_of_ours(tmp_path: Path) -> None:
+@pytest.mark.parametrize("module", ["orders", "verify_orders"])
+def test_importing_the_dag_opens_no_connection_and_no_file_of_ours(tmp_path: Path, module: str) -> None:
     blocked = (
         "import socket, psycopg, psycopg2\n"
         "def refuse(*_, **__): raise AssertionError('no connection at import')\n"
         "socket.socket.connect = psycopg.connect = psycopg.Connection.connect = psycopg2.connect = refuse\n"
-        "import orders\n"
+        f"import {module}\n"
     )
 
     subprocess.run(

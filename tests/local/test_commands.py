@@ -89,13 +89,14 @@ def test_demo_prints_the_counts_each_time(clone: Path) -> None:
 
 
 def test_demo_that_fails_says_why_and_exits_with_an_error(clone: Path) -> None:
-    broken = clone / "sql" / "transforms" / "stg.orders_latest.sql"
-    text = broken.read_text()
-    broken.write_text(text.replace("updated_at DESC", "updated_up DESC"))
+    texts = {path: path.read_text() for path in (clone / "sql" / "transforms").iterdir()}
+    for path, text in texts.items():
+        path.write_text(text.replace("updated_at DESC", "updated_up DESC"))
 
     done = make(clone, "demo")
 
-    broken.write_text(text)
+    for path, text in texts.items():
+        path.write_text(text)
     assert done.returncode != 0
     assert 'column "updated_up" does not exist' in done.stdout
     assert "The full log: " in done.stdout
@@ -193,13 +194,17 @@ def test_up_serves_the_ui_runs_what_is_triggered_and_stops_whole(clone: Path, up
     port = up.base.rpartition(":")[2]
     assert [line.split()[3] for line in listening.splitlines() if f":{port} " in line] == [f"127.0.0.1:{port}"]
 
-    up.call("POST", "/api/v2/dags/orders/dagRuns", {"logical_date": None, "dag_run_id": "one", "conf": {"rows": 50}})
+    conf = {"rows": 50, "refresh": "merge"}
+    up.call("POST", "/api/v2/dags/orders/dagRuns", {"logical_date": None, "dag_run_id": "one", "conf": conf})
     assert up.finish("one") == "success"
     tasks = up.call("GET", "/api/v2/dags/orders/dagRuns/one/taskInstances")["task_instances"]
     assert {task["task_id"]: (task["state"], task["try_number"]) for task in tasks} == {
         "generate_batch": ("success", 1),
         "load_raw": ("success", 1),
-        "refresh_latest": ("success", 1),
+        "choose_refresh": ("success", 1),
+        "swap_latest": ("skipped", 0),
+        "union_latest": ("skipped", 0),
+        "merge_latest": ("success", 1),
     }
 
     # a run that is cleared makes the same bytes, and they are not loaded again

@@ -1,0 +1,8 @@
+{{ config(
+    materialized="incremental",
+    incremental_strategy="delete+insert",
+    unique_key="order_id",
+    indexes=[{"columns": ["load_id"]}],
+    post_hook="{% if not is_incremental() %}alter table {{ this }} add primary key (order_id){% endif %}",
+) }}
+{{ new_orders() }}
