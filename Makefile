@@ -39,7 +39,7 @@ format: .venv/dev.ok ## ruff and sqlfluff, writing
 	@.venv/bin/ruff format .
 	@.venv/bin/sqlfluff fix sql
 
-bench: .venv/local.ok ## loads, refreshes, readers and the generator beside other tools; then ROWS orders through the DAG
+bench: .venv/local.ok ## the benches of docs/performance.md, then ROWS orders (10 million) through the DAG
 	@.venv/bin/python -m bench
 	@.venv/bin/python -m bench.dag_at_scale --rows $(ROWS)
 

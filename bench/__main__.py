@@ -1,16 +1,16 @@
-"""python -m bench [load generator refresh readers scale] [--quick]: each beside other tools on the same work.
+"""python -m bench [load generator refresh readers scale] [--quick]: what the pipeline takes, and what others take.
 
 Tables go to the terminal, results to .run/bench/results.json, where a bench that is not run keeps its last ones, and
 charts of them to docs/img when --charts asks for it; without a bench's name it then only draws.
-With --quick or --only both go elsewhere: .run/bench/smoke.json and .run/bench/img.
-Exit code 1 when a result of ours was wrong, never because of seconds.
+Those of a trial (--quick, --only, --rows, --postgresql 15) go elsewhere: .run/bench/smoke.json and .run/bench/img.
+Exit code 1 when a result of ours was wrong or a bench could not run, never because of seconds.
 """
 
 import argparse
 import importlib
 import sys
 
-from bench.harness import ROOT, STATE, NotRun, results_of, run_bench
+from bench.harness import PEERS, ROOT, STATE, NotRun, environment, results_of, run_bench, run_process
 
 BENCHES = ("load", "generator", "refresh", "readers", "scale")
 
@@ -38,11 +38,11 @@ def main() -> int:
         except NotRun as reason:
             failures.append(f"{name} was not run: {reason}")
     if arguments.charts:
-        from bench.charts import draw
-
         results = results_of(arguments)
+        folder = ROOT / "docs" / "img" if results.name == "results.json" else STATE / "img"
+        folder.mkdir(parents=True, exist_ok=True)
         try:
-            draw(results, ROOT / "docs" / "img" if results.name == "results.json" else STATE / "img")
+            print(run_process([environment("charts"), PEERS / "draw_charts.py", results, folder]).stdout, end="")
         except NotRun as reason:
             failures.append(f"no charts: {reason}")
     for failure in failures:

@@ -316,8 +316,9 @@ def machine() -> dict[str, Any]:
 
 
 def results_of(arguments: Any) -> Path:
-    """The file of the last results of each bench; those of a smoke test do not take the place of real ones."""
-    return STATE / ("smoke.json" if arguments.quick or arguments.only else "results.json")
+    """The file of the last results of each bench; those of a trial do not take the place of real ones."""
+    is_trial = arguments.quick or arguments.only or arguments.rows or arguments.postgresql != "newest"
+    return STATE / ("smoke.json" if is_trial else "results.json")
 
 
 def read_results(path: Path) -> dict[str, Any]:
@@ -335,11 +336,10 @@ def run_bench(name: str, run: Callable[[Any], dict[str, Any]], arguments: Any) -
     result = {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "machine": machine(),
-        "load_average": {"start": before, "end": before},
         **run(arguments),
+        "load_average": {"start": before, "end": os.getloadavg()},
+        "minutes": round((time.monotonic() - started) / 60, 1),
     }
-    result["load_average"] = {"start": before, "end": os.getloadavg()}
-    result["minutes"] = round((time.monotonic() - started) / 60, 1)
     path = results_of(arguments)
     with path.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

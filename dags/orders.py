@@ -31,8 +31,7 @@ from airflow.providers.common.sql.operators.sql import SQLExecuteQueryOperator
 from airflow.providers.postgres.hooks.postgres import PostgresHook
 from airflow.sdk import Asset, ExceptionRetryPolicy, Label, Param, RetryAction, RetryRule, dag, task
 from batch_load import BatchError, load_batch
-from stg_refresh import choose_refresh as choose
-from stg_refresh import report_refresh, rows_written
+from stg_refresh import cheapest_refresh, report_refresh, rows_written
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = Path(os.environ.get("WAREHOUSE_DATA", ROOT / "data"))
@@ -134,7 +133,7 @@ def orders() -> None:
 
     @task.branch
     def choose_refresh(params: Any = None, ti: Any = None) -> str:
-        refresh = choose(PostgresHook("de_dw"), "orders_latest", params["refresh"])
+        refresh = cheapest_refresh(PostgresHook("de_dw"), "orders_latest", params["refresh"])
         ti.xcom_push("refresh", list(refresh))
         return f"{refresh.kind}_latest"
 

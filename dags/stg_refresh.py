@@ -7,7 +7,7 @@ log = logging.getLogger(__name__)
 
 # From how many pending rows on a union takes less time than a merge, as a share of the table's rows. Measured: 0.3 at
 # 1 million rows, 0.5 at 100 thousand (docs/performance.md). A merge also spares readers the lock of a swap.
-SWAP_FROM = 0.3
+UNION_FROM = 0.3
 
 STATUS = """
 SELECT has_applied_loads, pending_loads, pending_rows, table_rows
@@ -25,7 +25,7 @@ class Refresh(NamedTuple):
     why: str
 
 
-def choose_refresh(hook: Any, table: str, asked: str) -> Refresh:
+def cheapest_refresh(hook: Any, table: str, asked: str) -> Refresh:
     """Choose the cheapest refresh that is right.
 
     :param hook: of the warehouse, with `get_first`.
@@ -42,7 +42,7 @@ def choose_refresh(hook: Any, table: str, asked: str) -> Refresh:
         refresh = Refresh(asked, f"asked for; {waiting}")
     elif not has_applied_loads:
         refresh = Refresh("swap", f"no load has been applied yet; {waiting}")
-    elif pending and pending >= SWAP_FROM * rows:
+    elif pending and pending >= UNION_FROM * rows:
         refresh = Refresh("union", f"many; {waiting}")
     else:
         refresh = Refresh("merge", f"few; {waiting}")
@@ -63,7 +63,8 @@ def rows_written(cursor: Any) -> Any:
 def report_refresh(context: Any, rows: int) -> None:
     """Say what a refresh did: in its log, and with the event of its asset."""
     (table,) = context["task"].outlets
-    kind, why = context["ti"].xcom_pull(task_ids="choose_refresh", key="refresh")
+    (chooser,) = context["task"].upstream_task_ids
+    kind, why = context["ti"].xcom_pull(task_ids=chooser, key="refresh")
     context["task"].log.info("%s: %s, %s rows written; %s", table.name, kind, f"{rows:,}", why)
     context["outlet_events"][table].extra = {"rows": rows, "refresh": kind, "why": why}
 

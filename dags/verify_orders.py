@@ -2,8 +2,9 @@
 
 `verify_latest` compares every row of `stg.orders_latest` with a DISTINCT ON over all of `raw.orders`, byte by byte: it
 is green with 0 missing, 0 extra and 0 different rows, and red with their numbers otherwise. It changes nothing, and may
-run at any time: a merge does not notice, but a swap has to wait for it, as for any long reader. It costs about what a
-full refresh costs. By hand: `psql -f sql/transforms/stg.orders_latest.verify.sql`.
+run at any time: a merge does not notice, but a swap that meets it for more than a minute gives up, as with any long
+reader, and is tried again. It costs about what a full refresh costs. By hand:
+`psql -f sql/transforms/stg.orders_latest.verify.sql`.
 """
 
 from datetime import timedelta

@@ -1,4 +1,4 @@
-"""Draw the results of the benches: draw_charts.py results.json folder [svg|png].
+"""Draw the results of the benches: draw_charts.py results.json folder.
 
 The same results make the same bytes. Text stays text, in a grey that can be read on white and on black.
 """
@@ -14,7 +14,8 @@ mpl.use("svg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import FuncFormatter, LogLocator
 
-GREY, PALE, OURS, OURS_TOO, FLOOR = "#757e88", "#8c959f", "#2f81f7", "#3fb950", "#bf8700"
+GREY, PALE, FLOOR = "#757e88", "#8c959f", "#bf8700"
+OURS = {"load_batch": "#2f81f7", "swap": "#2f81f7", "union": "#0a7ea4", "merge": "#3fb950"}
 OTHERS = ("#8250df", "#bf8700", "#cf222e", "#8c959f", "#1b7c83")
 STYLE = {
     "svg.fonttype": "none",  # no outlines of letters: small, and the reader's own font
@@ -49,7 +50,7 @@ def load(results):
     series = [one for one in results["series"] if one["seconds"] and not one["error"]]
     rates = sorted((one["rows"] / median(one["seconds"]), one["name"]) for one in series)
     figure, axes = plt.subplots(figsize=(8, 0.36 * len(rates) + 1.1))
-    colours = [{results["base"]: FLOOR, "load_batch": OURS}.get(name, PALE) for _, name in rates]
+    colours = [({results["base"]: FLOOR} | OURS).get(name, PALE) for _, name in rates]
     bars = axes.barh([name for _, name in rates], [rate for rate, _ in rates], color=colours, height=0.7)
     notes = {one["name"]: f"  ({one['note']})" if one["note"] else "" for one in series}
     axes.bar_label(bars, [short(rate) + notes[name] for rate, name in rates], padding=4)
@@ -77,7 +78,7 @@ def refresh(results):
             [value - min(seconds) for value, (_, seconds) in zip(middle, points, strict=True)],
             [max(seconds) - value for value, (_, seconds) in zip(middle, points, strict=True)],
         ]
-        ours = {"swap": OURS, "merge": OURS_TOO}.get(name.removeprefix("ours: "))
+        ours = OURS.get(name)
         axes.errorbar(
             [rows for rows, _ in points],
             middle,
@@ -112,13 +113,12 @@ def readers(results):
             groups.setdefault(one["name"], []).append(one)
     lines = sum(len(group) + 1.4 for group in groups.values())
     figure, axes = plt.subplots(figsize=(8, 0.25 * lines + 1.2))
-    colours = {"idle": PALE, "swap": OURS, "merge": OURS_TOO}
     at, ticks = 0.0, []
     for name, group in groups.items():
         axes.text(0.0, at, f" {name}", transform=axes.get_yaxis_transform(), weight="bold", va="center")
         at += 1
         for one in group:
-            colour = colours.get(name.partition(",")[0], PALE)
+            colour = OURS.get(name.partition(",")[0], PALE)
             axes.plot([one["p50"], one["worst"]], [at, at], color=colour, linewidth=1.5)
             axes.plot(one["p50"], at, "|", color=colour, markersize=9, markeredgewidth=2)
             axes.plot(one["p99"], at, "o", color=colour, markersize=4)
@@ -142,14 +142,11 @@ def readers(results):
 
 
 source, folder = Path(sys.argv[1]), Path(sys.argv[2])
-kind = sys.argv[3] if len(sys.argv) > 3 else "svg"
 results = json.loads(source.read_text()) if source.exists() else {}
 plt.rcParams.update(STYLE)
 for bench, draw in (("load", load), ("refresh", refresh), ("readers", readers)):
     found = results.get(bench)
     if found and any(one.get("seconds") or one.get("reads") for one in found["series"]):
-        path = folder / f"{bench}.{kind}"
-        chart = draw(found)
-        still = {"metadata": {"Date": None, "Creator": None}} if kind == "svg" else {"facecolor": "white", "dpi": 80}
-        chart.savefig(path, bbox_inches="tight", transparent=kind == "svg", **still)
+        path = folder / f"{bench}.svg"
+        draw(found).savefig(path, bbox_inches="tight", transparent=True, metadata={"Date": None, "Creator": None})
         print(f"  {path.parent.name}/{path.name}: {path.stat().st_size / 1e3:.0f} kB")

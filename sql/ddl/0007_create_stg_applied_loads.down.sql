@@ -7,4 +7,5 @@ DROP FUNCTION raw.summarize_new_pages(text);
 DROP VIEW stg.refresh_status;
 DROP VIEW stg.pending_loads;
 ALTER TABLE stg.table_versions DROP COLUMN source_table;
+REVOKE SELECT ON stg.table_versions FROM current_user;
 DROP TABLE stg.applied_loads;

@@ -1,19 +1,24 @@
 -- stg.applied_loads: one row per load that a staging table has taken in, from raw.loads. What is not there is pending.
 
 -- Not a watermark: loads commit in another order than they begin, and a late one would be below the mark for ever.
+-- Not the number alone: after raw was restored from a backup, numbers are used a second time, for other loads.
 CREATE TABLE stg.applied_loads (
     table_name text NOT NULL,
     load_id bigint NOT NULL,
+    finished_at timestamptz NOT NULL,
     applied_at timestamptz NOT NULL DEFAULT clock_timestamp(),
-    CONSTRAINT applied_loads_pkey PRIMARY KEY (table_name, load_id)
+    CONSTRAINT applied_loads_pkey PRIMARY KEY (table_name, load_id, finished_at)
 );
 COMMENT ON TABLE stg.applied_loads IS
 'One row per load that a staging table has taken in. Insert-only: written by the statement that publishes its rows.';
 COMMENT ON COLUMN stg.applied_loads.table_name IS 'The staging table, without its schema.';
 COMMENT ON COLUMN stg.applied_loads.load_id IS 'The load: raw.loads.load_id.';
+COMMENT ON COLUMN stg.applied_loads.finished_at IS 'When the load''s last row was in: raw.loads.finished_at.';
 COMMENT ON COLUMN stg.applied_loads.applied_at IS 'When the refresh took it in.';
 GRANT SELECT ON stg.applied_loads TO de_dw_pipeline, de_dw_reader;
-GRANT INSERT (table_name, load_id) ON stg.applied_loads TO de_dw_pipeline;
+GRANT INSERT (table_name, load_id, finished_at) ON stg.applied_loads TO de_dw_pipeline;
+-- The views below look into it with their owner's rights, and who that is need not stay a member of de_dw_pipeline.
+GRANT SELECT ON stg.table_versions TO current_user;
 
 ALTER TABLE stg.table_versions ADD COLUMN source_table text;
 COMMENT ON COLUMN stg.table_versions.source_table IS 'The table it is made from, with its schema: raw.orders.';
@@ -31,7 +36,7 @@ FROM stg.table_versions AS v
 INNER JOIN raw.loads AS l ON v.source_table = l.table_name
 WHERE NOT EXISTS (
     SELECT 1 FROM stg.applied_loads AS a
-    WHERE a.table_name = v.table_name AND a.load_id = l.load_id
+    WHERE a.table_name = v.table_name AND a.load_id = l.load_id AND a.finished_at = l.finished_at
 );
 COMMENT ON VIEW stg.pending_loads IS
 'One row per committed load that a staging table has not taken in: what its next refresh will apply.';
@@ -93,7 +98,8 @@ BEGIN
         INNER JOIN pg_class AS c ON i.indexrelid = c.oid
         INNER JOIN pg_am AS m ON c.relam = m.oid
         INNER JOIN pg_class AS t ON i.indrelid = t.oid
-        WHERE m.amname = 'brin' AND t.relnamespace = 'raw'::regnamespace AND t.oid = to_regclass(table_name)
+        INNER JOIN pg_attribute AS a ON t.oid = a.attrelid AND i.indkey[0] = a.attnum
+        WHERE a.attname = 'load_id' AND m.amname = 'brin' AND t.relnamespace = 'raw'::regnamespace AND 'raw.' || t.relname = table_name
     LOOP
         BEGIN
             PERFORM brin_summarize_new_values(index_id);
@@ -104,7 +110,8 @@ BEGIN
 END
 $$;
 COMMENT ON FUNCTION raw.summarize_new_pages(text) IS
-'Brings the BRIN indexes of a table of schema raw up to date. Takes its name with schema; costs what is new.';
+'Brings the BRIN index on load_id of a table of schema raw up to date; costs what is new. Takes the name as the ledger
+has it.';
 REVOKE EXECUTE ON FUNCTION raw.summarize_new_pages(text) FROM public;
 GRANT EXECUTE ON FUNCTION raw.summarize_new_pages(text) TO de_dw_pipeline;
 
@@ -143,9 +150,12 @@ DECLARE
         WHERE v.table_name = begin_refresh.table_name);
     loads bigint[];
 BEGIN
-    IF source_table IS NULL THEN
+    IF NOT EXISTS (
+        SELECT 1 FROM pg_class AS c INNER JOIN pg_namespace AS n ON c.relnamespace = n.oid
+        WHERE format('%s.%s', n.nspname, c.relname) = source_table -- without quotes, as the ledger has it
+    ) THEN
         RAISE EXCEPTION 'stg.table_versions does not say what stg.% is made from', table_name
-            USING HINT = 'Its migration inserts the row (table_name, source_table).';
+            USING HINT = 'Its migration inserts the row (table_name, source_table), such as (orders_latest, raw.orders).';
     END IF;
     -- Under REPEATABLE READ the snapshot is older than the lock, and would miss what was loaded while it waited.
     IF current_setting('transaction_isolation') <> 'read committed' THEN
@@ -169,6 +179,8 @@ that find the rows of a load up to date, and puts the loads to apply, as bigint[
 de_dw.loads_to_apply. Returns their number. Takes the table''s name without schema.';
 REVOKE EXECUTE ON FUNCTION stg.begin_refresh(text) FROM public;
 GRANT EXECUTE ON FUNCTION stg.begin_refresh(text) TO de_dw_pipeline;
+REVOKE EXECUTE ON FUNCTION stg.loads_to_apply(text) FROM public;
+GRANT EXECUTE ON FUNCTION stg.loads_to_apply(text) TO de_dw_pipeline;
 
 CREATE FUNCTION stg.analyze_if_stale(table_name text) RETURNS boolean
 LANGUAGE plpgsql
@@ -198,3 +210,5 @@ END
 $$;
 COMMENT ON FUNCTION stg.analyze_if_stale(text) IS
 'Analyzes a staging table if a tenth of it has changed or a day has passed since: returns whether it did.';
+REVOKE EXECUTE ON FUNCTION stg.analyze_if_stale(text) FROM public;
+GRANT EXECUTE ON FUNCTION stg.analyze_if_stale(text) TO de_dw_pipeline;

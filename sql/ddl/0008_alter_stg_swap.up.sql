@@ -1,8 +1,11 @@
 -- stg.swap: the spare is filled without indexes, and gets those of the live table before readers are asked to wait.
 
+-- Not into stg.applied_loads at once: who commits although stg.swap failed, as psql does with ON_ERROR_ROLLBACK, would
+-- have loads applied that nobody sees.
 CREATE TABLE stg.spare_loads (
     table_name text NOT NULL,
     load_id bigint NOT NULL,
+    finished_at timestamptz NOT NULL,
     CONSTRAINT spare_loads_pkey PRIMARY KEY (table_name, load_id)
 );
 COMMENT ON TABLE stg.spare_loads IS
@@ -10,11 +13,12 @@ COMMENT ON TABLE stg.spare_loads IS
 fills the spare, and made applied by the swap that publishes it.';
 COMMENT ON COLUMN stg.spare_loads.table_name IS 'The staging table, without its schema.';
 COMMENT ON COLUMN stg.spare_loads.load_id IS 'The load: raw.loads.load_id.';
+COMMENT ON COLUMN stg.spare_loads.finished_at IS 'When the load''s last row was in: raw.loads.finished_at.';
 ALTER TABLE stg.spare_loads OWNER TO de_dw_pipeline;
 
 ALTER TABLE stg.table_versions ADD COLUMN spare_emptied_by xid8;
 COMMENT ON COLUMN stg.table_versions.spare_emptied_by IS
-'The transaction that emptied the spare last: no other may publish what is in it, for merges have gone on since.';
+'The transaction that emptied the spare and has not published it: no other may, for merges may have gone on since.';
 
 -- An index that somebody puts on a staging table is made on the live table only. ATTACH would make it on the spare,
 -- within the lock; so a spare is given whatever the live table has. To fill it without them is faster as well.
@@ -46,8 +50,11 @@ DECLARE
     dependents text;
     name text;
 BEGIN
-    -- Views stay with the table that they were made on, which is the spare after the next swap; and no table can be
-    -- detached that a foreign key looks into.
+    -- Who comes here without stg.begin_refresh, or although it failed, must not fill the spare beside a merge.
+    PERFORM pg_advisory_xact_lock(hashtextextended('refresh stg.' || table_name, 0));
+
+    -- Views, functions, policies and publications stay with the table that they were made on, which is the spare after
+    -- the next swap; and no table can be detached that a foreign key looks into.
     SELECT string_agg(DISTINCT d.what, ', ') INTO dependents
     FROM (
         SELECT 'view ' || r.ev_class::regclass::text AS what
@@ -56,6 +63,12 @@ BEGIN
         WHERE p.classid = 'pg_rewrite'::regclass AND p.refclassid = 'pg_class'::regclass
             AND p.refobjid IN (live, spare)
         UNION ALL
+        SELECT pg_describe_object(p.classid, p.objid, p.objsubid)
+        FROM pg_depend AS p
+        WHERE p.refclassid = 'pg_class'::regclass AND p.refobjid IN (live, spare)
+            AND (p.classid IN ('pg_proc'::regclass, 'pg_publication_rel'::regclass)
+                OR p.classid = 'pg_policy'::regclass AND p.deptype = 'n')
+        UNION ALL
         SELECT format('foreign key %I of %s', c.conname, c.conrelid::regclass)
         FROM pg_constraint AS c
         WHERE c.contype = 'f' AND c.confrelid IN (parent, live, spare) AND c.conparentid = 0
@@ -63,7 +76,7 @@ BEGIN
     IF dependents IS NOT NULL THEN
         RAISE EXCEPTION 'a swap exchanges the tables behind %, but on one of them there is: %', parent, dependents
             USING ERRCODE = 'dependent_objects_still_exist',
-                  HINT = format('Drop it. Views belong on %s, foreign keys to it are not possible.', parent);
+                  HINT = format('Drop it. Whatever reads belongs on %s, foreign keys to it are not possible.', parent);
     END IF;
 
     EXECUTE format('TRUNCATE %s', spare);
@@ -84,7 +97,7 @@ END
 $$;
 COMMENT ON FUNCTION stg.empty_spare(text) IS
 'Empties the spare of a staging table and drops its indexes, to be filled and given to stg.swap in one transaction.
-Takes the table''s name without schema; error 2BP01 names views and foreign keys on the tables to be exchanged.';
+Takes the table''s name without schema; error 2BP01 names what hangs on the tables to be exchanged: views, keys ...';
 
 CREATE FUNCTION stg.index_spare(table_name text) RETURNS void
 LANGUAGE plpgsql
@@ -105,7 +118,7 @@ BEGIN
         FROM pg_index AS i
         INNER JOIN pg_class AS c ON i.indexrelid = c.oid
         LEFT JOIN pg_constraint AS k ON i.indexrelid = k.conindid AND k.contype IN ('p', 'u', 'x')
-        WHERE i.indrelid = live
+        WHERE i.indrelid = live AND i.indisvalid
         ORDER BY i.indisprimary DESC, c.relname
     LOOP
         IF EXISTS (
@@ -212,7 +225,7 @@ BEGIN
         SELECT c.relname
         FROM pg_index AS i
         INNER JOIN pg_class AS c ON i.indexrelid = c.oid
-        WHERE i.indrelid = live::regclass
+        WHERE i.indrelid = live::regclass AND i.indisvalid
     LOOP
         spare_index_name := stg.spare_index_name(table_name, index_name);
         EXECUTE format('ALTER INDEX stg.%I RENAME TO %I', index_name, temporary_name);
@@ -224,11 +237,11 @@ BEGIN
     EXECUTE format('ALTER TABLE stg.%I RENAME TO %I', temporary_name, spare_name);
 
     UPDATE stg.table_versions AS v
-    SET version = v.version + 1, published_at = clock_timestamp()
+    SET version = v.version + 1, published_at = clock_timestamp(), spare_emptied_by = NULL
     WHERE v.table_name = swap.table_name
     RETURNING v.version INTO STRICT next_version;
-    INSERT INTO stg.applied_loads (table_name, load_id)
-    SELECT s.table_name, s.load_id FROM stg.spare_loads AS s
+    INSERT INTO stg.applied_loads (table_name, load_id, finished_at)
+    SELECT s.table_name, s.load_id, s.finished_at FROM stg.spare_loads AS s
     WHERE s.table_name = swap.table_name
     ON CONFLICT DO NOTHING;
     EXECUTE format(

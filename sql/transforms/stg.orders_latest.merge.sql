@@ -10,10 +10,13 @@ SELECT stg.begin_refresh('orders_latest') AS loads_to_apply; -- waits for anothe
 -- One statement, so that it applies just the loads that it says it does. Into the live table, because the row policy of
 -- the one in front of it is for readers.
 WITH applied AS (
-    INSERT INTO stg.applied_loads (table_name, load_id)
+    INSERT INTO stg.applied_loads (table_name, load_id, finished_at)
     SELECT
         'orders_latest' AS table_name,
-        unnest(current_setting('de_dw.loads_to_apply')::bigint[]) AS load_id
+        load_id,
+        finished_at
+    FROM raw.loads
+    WHERE load_id = any(current_setting('de_dw.loads_to_apply')::bigint[])
     ON CONFLICT DO NOTHING
 )
 

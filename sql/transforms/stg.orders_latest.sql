@@ -11,11 +11,13 @@ SELECT stg.empty_spare('orders_latest');
 
 -- One statement, so that it takes in just the loads that it says it does.
 WITH taken_in AS (
-    INSERT INTO stg.spare_loads (table_name, load_id)
+    INSERT INTO stg.spare_loads (table_name, load_id, finished_at)
     SELECT
         'orders_latest' AS table_name,
-        load_id
-    FROM stg.loads_to_apply('orders_latest') AS load_id
+        load_id,
+        finished_at
+    FROM raw.loads
+    WHERE load_id IN (SELECT load_id FROM stg.loads_to_apply('orders_latest') AS load_id)
     ON CONFLICT DO NOTHING
 )
 

@@ -20,7 +20,7 @@ import pytest
 from batch_load import BatchError, load_batch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from stg_refresh import choose_refresh
+from stg_refresh import cheapest_refresh
 
 from tests.conftest import ROOT, DatabaseServer, Warehouse
 
@@ -148,7 +148,7 @@ class Database:
 
     def refresh(self, kind: Kind) -> None:
         if kind == "auto":
-            kind = choose_refresh(Hook(self.reader), "orders_latest", "auto").kind  # type: ignore[assignment]
+            kind = cheapest_refresh(Hook(self.reader), "orders_latest", "auto").kind  # type: ignore[assignment]
         self.warehouse.run(SCRIPTS[kind])
 
     def published(self) -> list[tuple[Any, ...]]:

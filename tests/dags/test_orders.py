@@ -284,21 +284,21 @@ def test_refresh_that_is_asked_for_is_the_one_that_runs(dag: Any, warehouse: War
 def test_union_is_chosen_from_a_share_of_the_table_on(
     monkeypatch: pytest.MonkeyPatch, has_applied_loads: bool, pending: int, rows: int, kind: str
 ) -> None:
-    from stg_refresh import choose_refresh
+    from stg_refresh import cheapest_refresh
 
-    monkeypatch.setattr("stg_refresh.SWAP_FROM", 0.25)
+    monkeypatch.setattr("stg_refresh.UNION_FROM", 0.25)
     hook = SimpleNamespace(get_first=lambda *_, **__: (has_applied_loads, 2, pending, rows))
 
-    assert choose_refresh(hook, "orders_latest", "auto").kind == kind
-    assert [choose_refresh(hook, "orders_latest", asked).kind for asked in KINDS] == [*KINDS]
+    assert cheapest_refresh(hook, "orders_latest", "auto").kind == kind
+    assert [cheapest_refresh(hook, "orders_latest", asked).kind for asked in KINDS] == [*KINDS]
 
 
 def test_unknown_staging_table_is_named(dag: Any, warehouse: Warehouse) -> None:
     from airflow.providers.postgres.hooks.postgres import PostgresHook
-    from stg_refresh import choose_refresh
+    from stg_refresh import cheapest_refresh
 
     with pytest.raises(ValueError, match=r"stg\.table_versions has no row for invoices_latest"):
-        choose_refresh(PostgresHook("de_dw"), "invoices_latest", "auto")
+        cheapest_refresh(PostgresHook("de_dw"), "invoices_latest", "auto")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -318,12 +318,12 @@ def test_refresh_that_is_cleared_runs_again_and_changes_nothing(dag: Any, wareho
 
 def test_loads_whose_refresh_failed_are_published_by_the_next(dag: Any, warehouse: Warehouse) -> None:
     assert dag.test(logical_date=RUN, run_after=RUN, run_conf={"rows": 20}).state == "success"
-    alter(warehouse, "REVOKE INSERT (table_name, load_id) ON stg.applied_loads FROM de_dw_pipeline")
+    alter(warehouse, "REVOKE INSERT (table_name, load_id, finished_at) ON stg.applied_loads FROM de_dw_pipeline")
     for task in dag.tasks:
         task.retries = 0
     missed = RUN + timedelta(hours=1)
     assert dag.test(logical_date=missed, run_after=missed, run_conf={"rows": 3, "refresh": "merge"}).state == "failed"
-    alter(warehouse, "GRANT INSERT (table_name, load_id) ON stg.applied_loads TO de_dw_pipeline")
+    alter(warehouse, "GRANT INSERT (table_name, load_id, finished_at) ON stg.applied_loads TO de_dw_pipeline")
 
     later = RUN + timedelta(hours=2)
     run = dag.test(logical_date=later, run_after=later, run_conf={"rows": 1, "refresh": "auto"})
@@ -485,7 +485,7 @@ FOREIGN_KEY = (
     "CREATE TABLE public.notes (order_id bigint REFERENCES stg.orders_latest); INSERT INTO public.notes VALUES (1)"
 )
 VIEW = "CREATE VIEW public.paid AS SELECT order_id FROM stg.orders_latest_live"
-NO_RECORD = "REVOKE INSERT (table_name, load_id) ON stg.applied_loads FROM de_dw_pipeline"
+NO_RECORD = "REVOKE INSERT (table_name, load_id, finished_at) ON stg.applied_loads FROM de_dw_pipeline"
 # What goes wrong: an SQL statement or another generator; and the task that has to be red.
 FAILURES: dict[str, tuple[str | Any, str]] = {
     "generator fails": (raise_(OSError(28, "No space left on device")), "generate_batch"),

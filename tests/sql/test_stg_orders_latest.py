@@ -74,14 +74,15 @@ def test_every_column_is_published_as_it_was_received(warehouse: Warehouse, refr
     warehouse.given(
         "raw.orders",
         """
-        order_id | customer_name | customer_email | product      | quantity | unit_price | updated_at
-        7        | 佐々木 香織    | NULL           | Desk, 27" oak | 3        | 9.990      | 2026-01-02
+        order_id|customer_name|customer_email|product|quantity|unit_price|currency|status|ordered_at|updated_at
+        7       |佐々木 香織   |k@example.com |Desk 27"|3      |9.990     |EUR     |paid  |2026-01-01|2026-01-02
         """,
     )
 
     warehouse.run(refresh)
 
     received = warehouse.rows("SELECT to_jsonb(r) FROM raw.orders AS r")
+    assert None not in received[0][0].values(), "or a column that was forgotten would not be missed: give it a value"
     assert warehouse.rows("SELECT to_jsonb(l) FROM stg.orders_latest AS l") == received
     assert warehouse.rows("SELECT unit_price::text FROM stg.orders_latest") == [("9.990",)]
 

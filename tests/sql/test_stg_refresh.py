@@ -19,6 +19,8 @@ FUNCTIONS = [
     "stg.swap('orders_latest')",
     "stg.empty_spare('orders_latest')",
     "stg.index_spare('orders_latest')",
+    "stg.loads_to_apply('orders_latest')",
+    "stg.analyze_if_stale('orders_latest')",
     "raw.summarize_new_pages('raw.orders')",
 ]
 
@@ -143,7 +145,14 @@ def test_refresh_under_an_older_snapshot_is_refused(warehouse: Warehouse, isolat
             conn.execute("SELECT stg.begin_refresh('orders_latest')")
 
 
-@pytest.mark.parametrize("given", ["", "INSERT INTO stg.table_versions (table_name) VALUES ('invoices_latest')"])
+@pytest.mark.parametrize(
+    "given",
+    [
+        "",
+        "INSERT INTO stg.table_versions (table_name) VALUES ('invoices_latest')",
+        "INSERT INTO stg.table_versions (table_name, source_table) VALUES ('invoices_latest', 'raw.invoces')",
+    ],
+)
 def test_table_whose_source_is_unknown_is_refused(warehouse: Warehouse, given: str) -> None:
     alter(warehouse, given)
 
@@ -176,9 +185,9 @@ def test_column_privileges_of_the_applied_loads(warehouse: Warehouse) -> None:
     """
 
     assert warehouse.rows(privileges, "") == [
-        ("de_dw_pipeline", "INSERT", "load_id, table_name"),
-        ("de_dw_pipeline", "SELECT", "applied_at, load_id, table_name"),
-        ("de_dw_reader", "SELECT", "applied_at, load_id, table_name"),
+        ("de_dw_pipeline", "INSERT", "finished_at, load_id, table_name"),
+        ("de_dw_pipeline", "SELECT", "applied_at, finished_at, load_id, table_name"),
+        ("de_dw_reader", "SELECT", "applied_at, finished_at, load_id, table_name"),
     ]
 
 
@@ -363,8 +372,8 @@ def fifty_loads(warehouse: Warehouse) -> Warehouse:
                 " FROM generate_series(1, 2000) AS i"
             )
         conn.execute(
-            "INSERT INTO stg.applied_loads (table_name, load_id)"
-            " SELECT 'orders_latest', i FROM generate_series(1, 49) AS i WHERE i <> 7"
+            "INSERT INTO stg.applied_loads (table_name, load_id, finished_at)"
+            " SELECT 'orders_latest', load_id, finished_at FROM raw.loads WHERE load_id NOT IN (7, 50)"
         )
         conn.execute(
             "INSERT INTO stg.orders_latest_live (order_id, updated_at, row_id, load_id) VALUES (0, now(), 0, 1)"
@@ -558,3 +567,45 @@ def test_spare_of_an_earlier_transaction_is_not_published(warehouse: Warehouse) 
         conn.execute("SELECT stg.swap('orders_latest')")
 
     assert verification(warehouse) == (0, 0, 0, 1)
+
+
+def test_number_that_is_used_again_after_a_restore_is_another_load(warehouse: Warehouse) -> None:
+    warehouse.given("raw.orders", "order_id | status | updated_at\n1 | one | 2026-01-01")
+    warehouse.given("raw.orders", "order_id | status | updated_at\n1 | two | 2026-01-02")
+    warehouse.run(MERGE)
+    with warehouse.connect("") as conn:  # as if raw were restored from a backup that has the first load only
+        for table in ("raw.orders", "raw.loads"):
+            conn.execute(f"ALTER TABLE {table} DISABLE TRIGGER append_only".encode())
+            conn.execute(f"DELETE FROM {table} WHERE load_id = 2".encode())
+            conn.execute(f"ALTER TABLE {table} ENABLE ALWAYS TRIGGER append_only".encode())
+        conn.execute("SELECT setval('raw.loads_load_id_seq', 1)")
+
+    warehouse.given("raw.orders", "order_id | status | updated_at\n1 | three | 2026-01-03")
+
+    assert warehouse.rows("SELECT load_id FROM stg.pending_loads") == [(2,)]
+    warehouse.run(MERGE)
+    assert verification(warehouse) == (0, 0, 0, 1)
+
+
+@pytest.mark.parametrize("refresh", [SWAP, UNION])
+def test_second_swap_of_one_spare_is_refused(warehouse: Warehouse, refresh: str) -> None:
+    warehouse.given("raw.orders", "order_id | updated_at\n1 | 2026-01-01")
+    warehouse.run(SWAP)
+    warehouse.given("raw.orders", "order_id | updated_at\n1 | 2026-01-02")
+    swap = "SELECT stg.swap('orders_latest') AS row_count;"
+    script = (ROOT / "sql" / "transforms" / f"{refresh}.sql").read_text()
+
+    with warehouse.connect(autocommit=True) as conn, pytest.raises(errors.ObjectNotInPrerequisiteState):
+        conn.execute(script.replace(swap, swap + swap).encode())
+
+    assert warehouse.rows("SELECT load_id FROM stg.pending_loads") == [(2,)]
+    assert verification(warehouse) == (0, 0, 0, 1)
+
+
+def test_spare_is_not_emptied_while_another_refresh_is_at_work(warehouse: Warehouse) -> None:
+    with warehouse.connect() as merge, warehouse.connect() as conn:
+        merge.execute("SELECT stg.begin_refresh('orders_latest')")
+        conn.execute("SET statement_timeout = '200ms'")
+
+        with pytest.raises(errors.QueryCanceled):
+            conn.execute("SELECT stg.empty_spare('orders_latest')")

@@ -124,12 +124,22 @@ def test_swap_makes_no_index_while_readers_wait(warehouse: Warehouse, refresh: s
             "CREATE VIEW public.b AS SELECT order_id FROM {0}; CREATE VIEW public.a AS SELECT 1 FROM {0}",
             "view public.a, view public.b",
         ),
+        (
+            "CREATE FUNCTION public.one() RETURNS bigint BEGIN ATOMIC SELECT order_id FROM {}; END",
+            "function public.one()",
+        ),
+        ("CREATE PUBLICATION changes FOR TABLE {}", "publication of table {} in publication changes"),
+        (
+            "CREATE TABLE public.a (b bigint); CREATE POLICY c ON public.a USING (b IN (SELECT order_id FROM {}))",
+            "policy c on table public.a",
+        ),
     ],
 )
 def test_what_is_made_on_one_of_the_two_tables_stops_a_swap_before_any_work(
     warehouse: Warehouse, table: str, made: str, named: str, refresh: str
 ) -> None:
     published = publish_then_load(warehouse)
+    named = named.format(f"stg.orders_latest_{table}")
     alter(warehouse, made.format(f"stg.orders_latest_{table}"))
     spare = warehouse.rows("SELECT * FROM stg.orders_latest_spare", "")
 
@@ -139,7 +149,7 @@ def test_what_is_made_on_one_of_the_two_tables_stops_a_swap_before_any_work(
     assert refusal.value.diag.message_primary == (
         f"a swap exchanges the tables behind stg.orders_latest, but on one of them there is: {named}"
     )
-    assert "Views belong on stg.orders_latest" in (refusal.value.diag.message_hint or "")
+    assert "Whatever reads belongs on stg.orders_latest" in (refusal.value.diag.message_hint or "")
     assert "empty_spare" in (refusal.value.diag.context or ""), "not only when the rows are in"
     assert warehouse.rows("SELECT * FROM stg.orders_latest") == published
     assert warehouse.rows("SELECT * FROM stg.orders_latest_spare", "") == spare
