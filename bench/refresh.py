@@ -13,10 +13,10 @@ the interpreter, imports, parsing of the project, connecting; for ours a new Pyt
 
 What favours whom: raw.orders has a BRIN index on load_id, for dbt's filter, and one on updated_at, for SQLMesh's; dbt's
 incremental tables have an index on load_id besides, or each run would read all of the table for its max(load_id). The
-filters of both would miss a load that commits late, which ours must not. SQLMesh runs without its janitor, and keeps its
-state in the measured database, as is its default. Where dbt has two ways, the one with the smaller median stands for it;
-both are in the results. Against us: ours compares versions where dbt and SQLMesh take what comes last, and a swap's
-seconds include ANALYZE, which dbt leaves to autovacuum.
+filters of both would miss a load that commits late, which ours must not. SQLMesh runs without its janitor, and keeps
+its state in the measured database, as is its default. Where dbt has two ways, the one with the smaller median stands
+for it; both are in the results. Against us: ours compares versions where dbt and SQLMesh take what comes last, and a
+swap's seconds include ANALYZE, which dbt leaves to autovacuum.
 """
 
 import re

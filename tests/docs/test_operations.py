@@ -25,6 +25,8 @@ THEIRS = {
     "No space left on device",
     "canceling statement due to lock timeout",
     'relation "raw.orders" does not exist',
+    'relation "stg.refresh_status" does not exist',
+    "child table is missing constraint",
     'column "header" of relation "loads" does not exist',
     "permission denied to create temporary tables",
     "Timeout, PID:",
