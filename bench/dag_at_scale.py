@@ -37,7 +37,9 @@ def main() -> int:
             dag = load_dag(console, env)
             for number in range(1, arguments.runs + 1):
                 run = run_dag(console, dag, f"run {number}: {arguments.rows:,} rows", {"rows": arguments.rows})
-                ran = [instance for instance in run.get_task_instances() if instance.state == "success"]  # not skipped
+                ran = [
+                    instance for instance in run.get_task_instances() if instance.state == "success"
+                ]  # others were skipped
                 for task in sorted(ran, key=lambda instance: instance.start_date):
                     rate = arguments.rows / task.duration
                     console.say(f"    {task.task_id:<20}{task.duration:8.1f} s{rate:14,.0f} rows/s")

@@ -348,7 +348,14 @@ class TestCommandLine:
         path = tmp_path / "orders.csv"
         path.write_bytes(b"earlier")
         command = [sys.executable, "-m", "generator", "--rows=10000000000", f"--out={path}"]
-        with subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True) as process:
+        with subprocess.Popen(
+            command,
+            cwd=REPOSITORY,
+            stderr=subprocess.PIPE,
+            text=True,
+            # A shell has its background jobs ignore it, and so would whatever they start.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        ) as process:
             try:
                 while not list(tmp_path.glob(".orders.csv.*.part")):
                     assert process.poll() is None
