@@ -1,0 +1,233 @@
+"""A stack of compose.yaml, brought up for a test from a copy of the tree, and what a user does with it from outside."""
+
+import json
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from tests.conftest import ROOT
+
+T = TypeVar("T")
+TREE = ("alembic", "alembic.ini", "dags", "generator", "sql", "local", "Dockerfile", ".dockerignore")
+# Anything of these in the environment would be another stack than the one that a new user gets.
+OURS = ("AIRFLOW", "AWS_", "COMPOSE_", "PG", "POSTGRES_IMAGE", "UI_PORT", "WAREHOUSE_", "PARALLELISM")
+SECONDS_UP = 300
+SECONDS_RUN = 240
+# A worker that has a task, and the process of the task itself: Airflow names them so.
+KILL_TASKS = """
+for process in /proc/[0-9]*; do
+    name=$(tr '\\0' ' ' <"$process/cmdline") || continue
+    case "$name" in
+    *"<idle>"*) ;;
+    "airflow worker -- "*) kill -9 "${process#/proc/}" && echo "$name" ;;
+    esac
+done
+"""
+
+
+class Refused(Exception):
+    """A command ended with another exit status than 0; its words are the message."""
+
+
+class Stack:
+    """One project of Docker Compose.
+
+    :param folder: where the copy of the tree is; .env is written there.
+    :param overrides: files beside compose.yaml.
+    """
+
+    def __init__(self, folder: Path, *overrides: str) -> None:
+        self.folder = folder
+        self.project = f"de_dw_test_{secrets.token_hex(4)}"
+        self.files = ["compose.yaml", *overrides]
+        self.environment = {name: value for name, value in os.environ.items() if not name.startswith(OURS)}
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = int(probe.getsockname()[1])
+        self.environment["UI_PORT"] = str(self.port)
+        folder.chmod(0o755)
+        for name in (*TREE, *(path.name for path in ROOT.glob("compose*.yaml")), "requirements-image.txt"):
+            source = ROOT / name
+            if source.is_dir():
+                shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                shutil.copy(source, folder / name)
+        self.make_env()
+
+    def make_env(self) -> None:
+        """What `make .env` runs."""
+        subprocess.run(["local/dotenv.sh"], cwd=self.folder, check=True, stdout=subprocess.DEVNULL)
+
+    @property
+    def secrets(self) -> dict[str, str]:
+        lines = (self.folder / ".env").read_text().splitlines()
+        return dict(line.split("=", 1) for line in lines if line and not line.startswith("#"))
+
+    def change_secrets(self, **new: str) -> None:
+        text = "".join(f"{name}={value}\n" for name, value in (self.secrets | new).items())
+        (self.folder / ".env").write_text(text)
+
+    def run(self, *command: str, stdin: str = "", timeout: float = SECONDS_UP) -> str:
+        """Standard output of a command in the folder.
+
+        :raises Refused: it failed.
+        """
+        done = subprocess.run(
+            command, cwd=self.folder, env=self.environment, input=stdin, capture_output=True, text=True, timeout=timeout
+        )
+        if done.returncode != 0:
+            raise Refused((done.stdout + done.stderr).strip())
+        return done.stdout.strip()
+
+    def compose(self, *arguments: str, stdin: str = "", timeout: float = SECONDS_UP) -> str:
+        files = [part for name in self.files for part in ("-f", name)]
+        return self.run("docker", "compose", "-p", self.project, *files, *arguments, stdin=stdin, timeout=timeout)
+
+    def up(self, *arguments: str) -> None:
+        """:raises Refused: not healthy; with the last lines of every service's log."""
+        try:
+            self.compose("up", "-d", "--quiet-pull", "--wait", *arguments, timeout=2 * SECONDS_UP)
+        except Refused as refused:
+            state = self.compose("ps", "-a")
+            logs = self.compose("logs", "--tail", "25")
+            raise Refused(f"{refused}\n{state}\n{logs}") from None
+
+    def down(self) -> None:
+        """With all data."""
+        self.compose("down", "-v", "--remove-orphans", "--timeout", "20")
+
+    def containers(self) -> dict[str, dict[str, Any]]:
+        """What Docker says of each container, by its service's name and number."""
+        found = json.loads(self.run("docker", "inspect", *self.compose("ps", "-aq").split()))
+        return {each["Name"].removeprefix(f"/{self.project}-"): each for each in found}
+
+    def inside(self, service: str, script: str) -> str:
+        """Run a script of bash in a service's container."""
+        return self.compose("exec", "-T", service, "bash", "-s", stdin=script)
+
+    def sql(self, query: str, login: str = "postgres", database: str = "de_dw", password: str | None = None) -> str:
+        """What psql prints, over TCP from within the database's container.
+
+        :raises Refused: with PostgreSQL's words.
+        """
+        names = {"postgres": "POSTGRES_PASSWORD", "airflow": "AIRFLOW_DB_PASSWORD"}
+        if password is None:
+            password = self.secrets[names.get(login, f"{login.upper()}_PASSWORD")]
+        target = f"host=127.0.0.1 user={login} dbname={database}"
+        command = ["psql", "-X", "-w", "-Atq", "-v", "ON_ERROR_STOP=1", target]
+        return self.compose("exec", "-T", "-e", f"PGPASSWORD={password}", "postgres", *command, stdin=query)
+
+    def http(self, method: str, path: str, body: object = None, token: str = "") -> tuple[int, Any]:
+        """Status and JSON (or text) of the answer of the published port."""
+        request = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", method=method)
+        if body is not None:
+            request.data = json.dumps(body).encode()
+            request.add_header("Content-Type", "application/json")
+        if token:
+            request.add_header("Authorization", f"Bearer {token}")
+        try:
+            with urllib.request.urlopen(request, timeout=60) as answer:  # noqa: S310
+                status, text = answer.status, answer.read().decode()
+        except urllib.error.HTTPError as error:
+            status, text = error.code, error.read().decode(errors="replace")
+        try:
+            return status, json.loads(text)
+        except ValueError:
+            return status, text
+
+    def login(self, password: str | None = None, user: str = "admin") -> str:
+        """A token for the API.
+
+        :raises Refused: with the status.
+        """
+        credentials = {"username": user, "password": self.secrets["UI_PASSWORD"] if password is None else password}
+        status, answer = self.http("POST", "/auth/token", credentials)
+        if status != 201:
+            raise Refused(f"{status} {answer}")
+        return str(answer["access_token"])
+
+    def api(self, method: str, path: str, body: object = None) -> Any:
+        """:raises Refused: another status than 200."""
+        status, answer = self.http(method, f"/api/v2/{path}", body, self.login())
+        if status != 200:
+            raise Refused(f"{method} {path}: {status} {answer}")
+        return answer
+
+    def trigger(self, **conf: object) -> str:
+        """Ask for a run of the DAG, once Airflow has found it, and return its id."""
+
+        def ask() -> str | None:
+            try:
+                run = self.api("POST", "dags/orders/dagRuns", {"logical_date": None, "conf": conf})
+            except Refused as refused:
+                if ": 404 " not in str(refused):
+                    raise
+                return None
+            return str(run["dag_run_id"])
+
+        return wait_until(ask, "there is no DAG orders")
+
+    def wait_for(self, *runs: str) -> None:
+        """Until all have succeeded.
+
+        :raises AssertionError: one failed, or takes too long.
+        """
+
+        def have_succeeded() -> bool:
+            found = self.api("GET", "dags/orders/dagRuns?limit=100&order_by=-run_after")["dag_runs"]
+            states = [run["state"] for run in found if run["dag_run_id"] in runs]
+            assert "failed" not in states, states
+            return states == ["success"] * len(runs)
+
+        wait_until(have_succeeded, "the runs have not ended")
+
+    def tasks(self, run: str) -> dict[str, dict[str, Any]]:
+        path = f"dags/orders/dagRuns/{urllib.parse.quote(run, safe='')}/taskInstances"
+        return {task["task_id"]: task for task in self.api("GET", path)["task_instances"]}
+
+    def wait_for_copy(self) -> None:
+        """Until a load is in its COPY, with rows already in the table's file."""
+        progress = "SELECT tuples_processed FROM pg_stat_progress_copy WHERE relid = 'raw.orders'::regclass"
+        wait_until(lambda: int(self.sql(progress) or 0) > 0, "no COPY has begun")
+
+    def rows_by_load(self) -> dict[str, tuple[int, int]]:
+        """By batch: rows as the ledger says, and as they are in raw."""
+        found = self.sql(
+            "SELECT l.batch_id, l.rows, count(o.load_id) FROM raw.loads AS l"
+            " FULL JOIN raw.orders AS o ON l.load_id = o.load_id GROUP BY 1, 2 ORDER BY 1"
+        )
+        parts = [line.split("|") for line in found.splitlines()]
+        return {batch: (int(told or -1), int(rows)) for batch, told, rows in parts}
+
+
+def wait_until(check: Callable[[], T | None], problem: str, seconds: float = SECONDS_RUN) -> T:
+    """What the check returns, once that is true.
+
+    :raises AssertionError: it takes longer.
+    """
+    give_up = time.monotonic() + seconds
+    while time.monotonic() < give_up:
+        found = check()
+        if found:
+            return found
+        time.sleep(0.3)
+    raise AssertionError(f"{problem} after {seconds:.0f} s")
+
+
+@contextmanager
+def running(stack: Stack) -> Iterator[Stack]:
+    """The stack, and nothing of it left behind."""
+    try:
+        yield stack
+    finally:
+        stack.down()
