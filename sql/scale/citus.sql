@@ -153,16 +153,37 @@ COMMENT ON FUNCTION stg.rows_in_shards(oid) IS
 
 DO $$
 DECLARE
+    -- Both are changed as they stand, so that whatever a migration makes of them stays.
     status text := pg_get_viewdef('stg.refresh_status'::regclass);
+    begin_refresh text := pg_get_functiondef('stg.begin_refresh(text)'::regprocedure);
+    set_loads text := 'PERFORM set_config(''de_dw.loads_to_apply'', loads::text, true);';
     columns text := (
         SELECT string_agg('o.' || quote_ident(a.attname), ', ' ORDER BY a.attnum ASC)
         FROM pg_attribute AS a
         WHERE a.attrelid = 'stg.orders_latest'::regclass AND a.attnum > 0 AND NOT a.attisdropped
     );
 BEGIN
-    IF status LIKE '%c.reltuples%' THEN
+    IF position('stg.rows_in_shards(c.oid)' IN status) = 0 THEN
+        IF position('c.reltuples' IN status) = 0 THEN
+            RAISE EXCEPTION 'stg.refresh_status does not say c.reltuples, which is 0 here: sql/scale/citus.sql has to follow';
+        END IF;
         EXECUTE 'CREATE OR REPLACE VIEW stg.refresh_status AS '
             || replace(status, 'c.reltuples', 'stg.rows_in_shards(c.oid)');
+    END IF;
+
+    -- The workers look into the setting too, where a script of sql/transforms/ does, and only SET LOCAL is handed on to
+    -- them. By EXECUTE, because what is handed on is the whole string that the statement stands in.
+    IF position('citus.propagate_set_commands' IN begin_refresh) = 0 THEN
+        IF position(set_loads IN begin_refresh) = 0 THEN
+            RAISE EXCEPTION 'stg.begin_refresh does not say %: sql/scale/citus.sql has to follow', set_loads;
+        END IF;
+        EXECUTE replace(
+            begin_refresh,
+            set_loads,
+            'PERFORM set_config(''citus.propagate_set_commands'', ''local'', true);
+    EXECUTE format(''SET LOCAL de_dw.loads_to_apply = %L'', loads);
+    PERFORM set_config(''citus.propagate_set_commands'', ''none'', true);'
+        );
     END IF;
 
     -- Citus takes no SQL function with a parameter that reads distributed tables.
@@ -181,32 +202,6 @@ BEGIN
         $body$',
         columns
     );
-
-    -- The workers read the setting too, where a script of sql/transforms/ asks for it, and only SET LOCAL is handed on to
-    -- them. By EXECUTE, as what is handed on is the whole string that the statement stands in.
-    IF (SELECT p.prosrc FROM pg_proc AS p WHERE p.oid = 'stg.begin_refresh(text)'::regprocedure)
-        NOT LIKE '%citus.propagate_set_commands%'
-    THEN
-        DROP FUNCTION IF EXISTS stg.begin_refresh_here(text);
-        ALTER FUNCTION stg.begin_refresh(text) RENAME TO begin_refresh_here;
-        CREATE FUNCTION stg.begin_refresh(table_name text) RETURNS bigint
-        LANGUAGE plpgsql
-        SET search_path = pg_catalog, pg_temp
-        AS $body$
-        DECLARE
-            loads bigint := stg.begin_refresh_here(table_name);
-        BEGIN
-            PERFORM set_config('citus.propagate_set_commands', 'local', true);
-            EXECUTE format('SET LOCAL de_dw.loads_to_apply = %L', current_setting('de_dw.loads_to_apply'));
-            PERFORM set_config('citus.propagate_set_commands', 'none', true);
-            RETURN loads;
-        END
-        $body$;
-        COMMENT ON FUNCTION stg.begin_refresh(text) IS
-        'The first step of a refresh: stg.begin_refresh_here, whose setting it then makes known to the workers.';
-        REVOKE EXECUTE ON FUNCTION stg.begin_refresh(text) FROM public;
-        GRANT EXECUTE ON FUNCTION stg.begin_refresh(text) TO de_dw_pipeline;
-    END IF;
 END
 $$;
 

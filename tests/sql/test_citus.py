@@ -62,11 +62,11 @@ def test_without_citus_it_says_so_and_changes_nothing(warehouse: Warehouse) -> N
 
 
 def test_the_words_that_it_replaces_are_there(warehouse: Warehouse) -> None:
-    """It changes a view and wraps a function as they stand: a migration that words them otherwise has to look here."""
+    """It changes a view and a function as they stand: a migration that words them otherwise has to look there."""
     ((view,),) = warehouse.rows("SELECT pg_get_viewdef('stg.refresh_status'::regclass)", "")
     ((function,),) = warehouse.rows(
         "SELECT prosrc FROM pg_proc WHERE oid = 'stg.begin_refresh(text)'::regprocedure", ""
     )
 
     assert view.count("c.reltuples") == 1
-    assert "set_config('de_dw.loads_to_apply'" in function
+    assert function.count("PERFORM set_config('de_dw.loads_to_apply', loads::text, true);") == 1
