@@ -61,12 +61,13 @@ def test_without_citus_it_says_so_and_changes_nothing(warehouse: Warehouse) -> N
     assert schema() == before
 
 
-def test_the_words_that_it_replaces_are_there(warehouse: Warehouse) -> None:
-    """It changes a view and a function as they stand: a migration that words them otherwise has to look there."""
-    ((view,),) = warehouse.rows("SELECT pg_get_viewdef('stg.refresh_status'::regclass)", "")
-    ((function,),) = warehouse.rows(
-        "SELECT prosrc FROM pg_proc WHERE oid = 'stg.begin_refresh(text)'::regprocedure", ""
-    )
+def test_what_it_changes_stands_there(warehouse: Warehouse) -> None:
+    """It changes a view and two functions as they are: a migration that words them otherwise has to look there."""
+    changes = re.findall(r"'(stg\.\w+\(text\))',\s+\$old\$(.*?)\$old\$", SCRIPT.read_text(), re.DOTALL)
 
+    assert len(changes) == 3
+    for function, words in changes:
+        ((body,),) = warehouse.rows(f"SELECT prosrc FROM pg_proc WHERE oid = '{function}'::regprocedure", "")
+        assert body.count(words) == 1
+    ((view,),) = warehouse.rows("SELECT pg_get_viewdef('stg.refresh_status'::regclass)", "")
     assert view.count("c.reltuples") == 1
-    assert function.count("PERFORM set_config('de_dw.loads_to_apply', loads::text, true);") == 1
