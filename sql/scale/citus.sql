@@ -35,8 +35,8 @@ BEGIN
     IF citus_version IS NULL THEN
         RAISE EXCEPTION 'the extension citus is not in database %', current_database()
             USING ERRCODE = 'object_not_in_prerequisite_state',
-                  HINT = 'On one server the warehouse needs no Citus. Else follow docs/scaling.md: shared_preload_libraries, '
-                         'CREATE EXTENSION citus on every node, citus_set_coordinator_host and citus_add_node.';
+                  HINT = 'On one server the warehouse needs no Citus. Else follow docs/scaling.md: CREATE EXTENSION citus '
+                         'on every node, citus_set_coordinator_host, citus_add_node.';
     ELSIF split_part(citus_version, '.', 1)::integer < 12 THEN
         RAISE EXCEPTION 'Citus is %, and must be 12 or newer', citus_version
             USING ERRCODE = 'object_not_in_prerequisite_state';
@@ -55,7 +55,7 @@ BEGIN
     FROM unnest(found) AS t WHERE t != ALL (distributed || local);
     IF wrong IS NOT NULL THEN
         RAISE EXCEPTION 'sql/scale/citus.sql does not say where % belongs', wrong
-            USING HINT = 'Name each in one of its two lists: a table by order_id, or one that stays on the coordinator.';
+            USING HINT = 'Name each in one of its two lists: by order_id, or on the coordinator.';
     END IF;
 
     IF NOT EXISTS (SELECT FROM pg_dist_node AS n WHERE n.groupid != 0 AND n.shouldhaveshards AND n.isactive) THEN
@@ -68,7 +68,8 @@ BEGIN
     IF EXISTS (SELECT FROM pg_dist_node AS n WHERE n.groupid = 0 AND n.shouldhaveshards) THEN
         RAISE EXCEPTION 'the coordinator holds shards'
             USING ERRCODE = 'object_not_in_prerequisite_state',
-                  HINT = 'SELECT citus_set_node_property(host, port, ''shouldhaveshards'', false), as pg_dist_node has them.';
+                  HINT = 'SELECT citus_set_node_property(nodename, nodeport, ''shouldhaveshards'', false) '
+                         'FROM pg_dist_node WHERE groupid = 0; a cluster with shards there already: citus_drain_node.';
     END IF;
     FOREACH name IN ARRAY ARRAY['de_dw_pipeline', 'de_dw_reader'] LOOP
         SELECT string_agg(format('%s:%s', w.nodename, w.nodeport), ', ') INTO wrong
@@ -77,7 +78,7 @@ BEGIN
         IF wrong IS NOT NULL THEN
             RAISE EXCEPTION 'role % is missing on %', name, wrong
                 USING ERRCODE = 'undefined_object',
-                      HINT = format('SELECT run_command_on_workers(''CREATE ROLE %I NOLOGIN''), and the logins too.', name);
+                      HINT = format('SELECT run_command_on_workers(''CREATE ROLE %I NOLOGIN''), and the logins.', name);
         END IF;
     END LOOP;
     -- A swap renames it after the INSERT. Were it known to the workers, Citus would refuse that in one transaction.
@@ -87,8 +88,8 @@ BEGIN
     IF wrong IS NOT NULL THEN
         RAISE EXCEPTION 'the workers know type %, which is for the coordinator alone', wrong
             USING ERRCODE = 'object_not_in_prerequisite_state',
-                  HINT = 'SET citus.enable_create_type_propagation = off, then drop it and create it again, AS (), with '
-                         'owner de_dw_pipeline. It does not happen when the migrations run before citus_add_node.';
+                  HINT = 'SET citus.enable_create_type_propagation = off, then drop it and create it again, AS (), '
+                         'owned by de_dw_pipeline. It does not happen when migrations run before citus_add_node.';
     END IF;
 
     -- TRUNCATE is refused on the coordinator, which hands it on; UPDATE and DELETE in each shard, where they run.
@@ -151,8 +152,8 @@ $$;
 COMMENT ON FUNCTION stg.rows_in_shards(oid) IS
 'Rows of a distributed table as last estimated by ANALYZE on the workers.';
 
--- Citus commits on the coordinator, where the ledger is, and then on one worker after the other. A refresh that came in
--- between would record a load that it has not seen in full. What has once been seen by one statement is seen by the next.
+-- Citus commits on the coordinator, where the ledger is, and then on the workers. A refresh that came in between would
+-- record a load that it has not seen in full. What one statement has seen there the next one sees too.
 CREATE OR REPLACE FUNCTION stg.assert_in_shards(source_table text, loads bigint[]) RETURNS void
 LANGUAGE plpgsql
 SET search_path = pg_catalog, pg_temp
@@ -162,13 +163,13 @@ DECLARE
     found bigint;
 BEGIN
     EXECUTE format('SELECT count(*) FROM %I.%I WHERE load_id = ANY ($1)', VARIADIC string_to_array(source_table, '.'))
-    INTO found USING loads;
+        INTO found USING loads;
     IF found != expected THEN
         RAISE EXCEPTION 'the pending loads of % have % rows by the ledger, and % in its shards',
             source_table, expected, found
             USING ERRCODE = 'serialization_failure',
-                  HINT = 'One is being committed on the workers: try again in a minute. If it stays so look for prepared '
-                         'transactions, SELECT recover_prepared_transactions().';
+                  HINT = 'One is being committed on the workers: try again in a minute. If it stays so: '
+                         'SELECT recover_prepared_transactions().';
     END IF;
 END
 $$;
