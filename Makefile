@@ -24,7 +24,7 @@ down: ## stop what make up or make demo runs elsewhere
 test: .venv/dev.ok ## all tests, on PostgreSQL 15 if it is installed and on the embedded one
 	@.venv/bin/python -m pytest
 
-lint: .venv/dev.ok ## ruff, mypy, sqlfluff, squawk
+lint: .venv/dev.ok ## ruff, mypy, sqlfluff, squawk, yamllint
 	@.venv/bin/ruff check .
 	@.venv/bin/ruff format --check .
 	@.venv/bin/mypy
@@ -33,6 +33,7 @@ lint: .venv/dev.ok ## ruff, mypy, sqlfluff, squawk
 	@.venv/bin/squawk --assume-in-transaction --pg-version 15 \
 	    --exclude require-lock-timeout,require-statement-timeout,prefer-robust-stmts,prefer-bigint-over-int \
 	    sql/ddl/*.up.sql
+	@.venv/bin/yamllint --strict kubernetes $(wildcard compose*.yaml)
 
 format: .venv/dev.ok ## ruff and sqlfluff, writing
 	@.venv/bin/ruff check --fix .
