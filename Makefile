@@ -7,10 +7,10 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo up down test lint format bench lock clean
+.PHONY: help demo up down test compose-test lint format bench lock clean .env
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[.a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
 
 demo: .venv/local.ok ## from nothing to a warehouse: embedded PostgreSQL, migrations, three Airflow runs, the counts
 	@.venv/bin/python -m local demo
@@ -24,7 +24,13 @@ down: ## stop what make up or make demo runs elsewhere
 test: .venv/dev.ok ## all tests, on PostgreSQL 15 if it is installed and on the embedded one
 	@.venv/bin/python -m pytest
 
-lint: .venv/dev.ok ## ruff, mypy, sqlfluff, squawk, yamllint
+compose-test: .venv/dev.ok ## compose.yaml for real: the counts, kills, each line of its security, three workers
+	@tests/compose/run.sh
+
+.env: ## the secrets of compose.yaml, random; those that are there are kept
+	@local/dotenv.sh
+
+lint: .venv/dev.ok ## ruff, mypy, sqlfluff, squawk, yamllint, and known vulnerabilities
 	@.venv/bin/ruff check .
 	@.venv/bin/ruff format --check .
 	@.venv/bin/mypy
@@ -34,6 +40,7 @@ lint: .venv/dev.ok ## ruff, mypy, sqlfluff, squawk, yamllint
 	    --exclude require-lock-timeout,require-statement-timeout,prefer-robust-stmts,prefer-bigint-over-int \
 	    sql/ddl/*.up.sql
 	@.venv/bin/yamllint --strict kubernetes $(wildcard compose*.yaml)
+	@local/audit.sh
 
 format: .venv/dev.ok ## ruff and sqlfluff, writing
 	@.venv/bin/ruff check --fix .
