@@ -1,0 +1,195 @@
+"""Where a batch file is: on disk, or in an object store such as S3, by the shape of ObjectStoragePath and UPath.
+
+Imports neither: whoever has such a path has the file system that it belongs to.
+"""
+
+import os
+import re
+import stat
+from collections.abc import Callable, Hashable
+from io import FileIO, RawIOBase
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn, Protocol, TypeVar
+
+# One ranged GET. Two blocks are held and a third is on its way, whatever the size of the object.
+OBJECT_BLOCK_BYTES = 8 * 1024 * 1024
+OBJECT_BLOCKS = 2
+# What tells one version of an object from the next, in the words of S3, Google, Azure and SFTP, as far as there.
+VERSION = ("ETag", "etag", "VersionId", "generation", "LastModified", "last_modified", "updated", "mtime", "created")
+
+Result = TypeVar("Result")
+
+
+class BatchError(Exception):
+    """The batch can't be loaded as it is, now or later; nothing was written.
+
+    The message names the file, the line, column and value where there are any, and the remedy.
+    """
+
+
+class StoredPath(Protocol):
+    """What airflow.sdk.ObjectStoragePath and upath.UPath have: a path in a file system of fsspec."""
+
+    @property
+    def protocol(self) -> str: ...
+    @property
+    def path(self) -> str: ...
+    @property
+    def fs(self) -> Any: ...
+
+
+class State(NamedTuple):
+    """Bytes of a file, and what changes when it is written."""
+
+    size: int
+    version: Hashable
+
+
+class Source(Protocol):
+    """A file that is open for reading."""
+
+    def read(self, size: int = -1, /) -> Any: ...
+    def readinto(self, buffer: Any, /) -> Any: ...
+    def readable(self) -> bool: ...
+    def seek(self, offset: int, whence: int = 0, /) -> int: ...
+    def tell(self) -> int: ...
+    def close(self) -> None: ...
+    def state(self) -> State:
+        """As it is now, not as it was when it was opened."""
+
+    def changed(self, before: int, now: int) -> BatchError:
+        """What to say of two states that differ, by their bytes."""
+
+
+def shown(path: Path | StoredPath) -> str:
+    """The path as text for messages and the ledger. A user or connection stays, a password does not."""
+    return re.sub(r"^(\w+://[^/:@]*):[^/]*@", r"\1@", str(path))
+
+
+def open_source(path: Path | StoredPath) -> Source:
+    """Open a batch file for reading.
+
+    :raises BatchError: it is not there, or no file.
+    :raises PermissionError: the store does not let us look at the object.
+    """
+    if getattr(path, "protocol", "") in ("", "file", "local"):
+        return _open_file(getattr(path, "path", path), shown(path))
+    assert not isinstance(path, Path)
+    return _Object(path.fs, path.path, shown(path))
+
+
+class _File(FileIO):
+    """A file on disk."""
+
+    shown: str
+
+    def state(self) -> State:
+        now = os.fstat(self.fileno())
+        return State(now.st_size, now.st_mtime_ns)
+
+    def changed(self, before: int, now: int) -> BatchError:
+        return BatchError(
+            f"{self.shown}: the file changed while it was read ({before:,} bytes, then {now:,}): "
+            f"it is still being written. Write it beside and rename it when it is whole."
+        )
+
+
+def _open_file(path: Path | str, name: str) -> _File:
+    try:
+        # O_NONBLOCK: opening a FIFO would wait for its writer, for ever.
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise _missing(name, getattr(error, "strerror", error)) from None
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise BatchError(f"{name}: not a regular file")
+    file = _File(fd, "rb")
+    file.shown = name
+    return file
+
+
+class _Object(RawIOBase):
+    """An object, in one version of it.
+
+    What s3fs and its like raise is let through: a store that is away or busy will be back. Only where it has another
+    version of the object now, or none, the error is about the batch.
+    """
+
+    def __init__(self, fs: Any, path: str, name: str) -> None:
+        self.fs, self.path, self.shown = fs, path, name
+        self._file: Any = None
+        self._first = self.state()
+        options = {"maxblocks": OBJECT_BLOCKS}
+        self._file = self._ask(
+            lambda: fs.open(
+                path, "rb", block_size=OBJECT_BLOCK_BYTES, cache_type="background", cache_options=options
+            )
+        )
+
+    def readable(self) -> bool:
+        return True
+
+    def read(self, size: int = -1) -> bytes:
+        try:
+            data: bytes = self._file.read(size)
+        except Exception as error:
+            self._explain(error)
+        if not data and size and (at := self.tell()) < self._first.size:
+            raise OSError(f"{self.shown}: the store's answers ended after {at:,} of {self._first.size:,} bytes")
+        return data
+
+    def readinto(self, buffer: Any) -> int:
+        data = self.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        return int(self._file.seek(offset, whence))
+
+    def tell(self) -> int:
+        return int(self._file.tell())
+
+    def close(self) -> None:
+        if not self.closed and self._file is not None:
+            self._file.close()
+        super().close()
+
+    def state(self) -> State:
+        self.fs.invalidate_cache(self.path)  # or it may say what a listing of an hour ago said
+        info = self._ask(lambda: self.fs.info(self.path))
+        if info["type"] != "file":
+            raise BatchError(f"{self.shown}: not a regular file")
+        return State(info["size"], tuple(str(info.get(name)) for name in VERSION))
+
+    def changed(self, before: int, now: int) -> BatchError:
+        return BatchError(
+            f"{self.shown}: the file changed while it was read ({before:,} bytes, then {now:,}): another object was "
+            f"written under its name. Give each delivery a name of its own, and load it again."
+        )
+
+    def _ask(self, question: Callable[[], Result]) -> Result:
+        try:
+            return question()
+        except FileNotFoundError as error:
+            raise _missing(self.shown, f"no such object ({error})") from None
+        except PermissionError as error:
+            raise PermissionError(
+                f"{self.shown}: {error}. The connection's credentials are wrong or have expired, or may not read the "
+                f"object (s3:GetObject); or it is not there, which only who may list the bucket (s3:ListBucket) is told."
+            ) from error
+
+    def _explain(self, error: Exception) -> NoReturn:
+        """What a failed read means: the store refuses the rest of an object that was replaced or removed."""
+        try:
+            now = self.state()
+        except BatchError:
+            raise
+        except Exception:
+            raise error from None  # the store is away
+        if now != self._first:
+            raise self.changed(self._first.size, now.size) from error
+        raise error
+
+
+def _missing(name: str, why: object) -> BatchError:
+    return BatchError(f"{name}: {why}. Has the file been moved, or not been delivered yet?")
