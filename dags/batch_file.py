@@ -336,7 +336,7 @@ class _Hashed(RawIOBase):
         return True
 
     def read(self, size: int = -1) -> bytes:
-        data = self._file.read(size)
+        data: bytes = self._file.read(size)
         self.digest.update(data)
         return data
 

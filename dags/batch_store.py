@@ -16,6 +16,8 @@ OBJECT_BLOCK_BYTES = 8 * 1024 * 1024
 OBJECT_BLOCKS = 2
 # What tells one version of an object from the next, in the words of S3, Google, Azure and SFTP, as far as there.
 VERSION = ("ETag", "etag", "VersionId", "generation", "LastModified", "last_modified", "updated", "mtime", "created")
+# As ObjectStoragePath and UPath call the file system of this machine.
+LOCAL = ("", "file", "local")
 
 Result = TypeVar("Result")
 
@@ -72,9 +74,10 @@ def open_source(path: Path | StoredPath) -> Source:
     :raises BatchError: it is not there, or no file.
     :raises PermissionError: the store does not let us look at the object.
     """
-    if getattr(path, "protocol", "") in ("", "file", "local"):
-        return _open_file(getattr(path, "path", path), shown(path))
-    assert not isinstance(path, Path)
+    if isinstance(path, str | os.PathLike):
+        return _open_file(path, shown(path))
+    if path.protocol in LOCAL:
+        return _open_file(path.path, shown(path))
     return _Object(path.fs, path.path, shown(path))
 
 
@@ -94,7 +97,7 @@ class _File(FileIO):
         )
 
 
-def _open_file(path: Path | str, name: str) -> _File:
+def _open_file(path: str | os.PathLike[str], name: str) -> _File:
     try:
         # O_NONBLOCK: opening a FIFO would wait for its writer, for ever.
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
@@ -121,9 +124,7 @@ class _Object(RawIOBase):
         self._first = self.state()
         options = {"maxblocks": OBJECT_BLOCKS}
         self._file = self._ask(
-            lambda: fs.open(
-                path, "rb", block_size=OBJECT_BLOCK_BYTES, cache_type="background", cache_options=options
-            )
+            lambda: fs.open(path, "rb", block_size=OBJECT_BLOCK_BYTES, cache_type="background", cache_options=options)
         )
 
     def readable(self) -> bool:
@@ -174,8 +175,8 @@ class _Object(RawIOBase):
             raise _missing(self.shown, f"no such object ({error})") from None
         except PermissionError as error:
             raise PermissionError(
-                f"{self.shown}: {error}. The connection's credentials are wrong or have expired, or may not read the "
-                f"object (s3:GetObject); or it is not there, which only who may list the bucket (s3:ListBucket) is told."
+                f"{self.shown}: {error}. The credentials are wrong or have expired, or may not read the object "
+                f"(s3:GetObject); or there is none, which a store tells only who may list the bucket (s3:ListBucket)."
             ) from error
 
     def _explain(self, error: Exception) -> NoReturn:

@@ -44,12 +44,18 @@ def instant(text: str) -> datetime:
 
 
 def place(text: str) -> Any:
-    """Return `text` as a path: a URL such as s3://bucket/orders.csv as UPath, with the environment's credentials."""
+    """Return `text` as a path: a URL such as s3://bucket/orders.csv as UPath, with the environment's credentials.
+
+    Raise ArgumentTypeError when nobody here knows such URLs.
+    """
     if "://" not in text:
         return Path(text)
-    from upath import UPath
+    try:
+        from upath import UPath
 
-    return UPath(text)
+        return UPath(text)
+    except (ImportError, ValueError) as error:
+        raise argparse.ArgumentTypeError(f"{text}: {error}") from None
 
 
 def main() -> int:
@@ -63,7 +69,7 @@ def main() -> int:
         "--out",
         type=place,
         default=Path("data/raw/orders.csv"),
-        help="file to write, or a URL such as s3://bucket/orders.csv; replaced only by a whole one (default: %(default)s)",
+        help="file or URL (s3://bucket/orders.csv) to write; replaced only by a whole one (default: %(default)s)",
     )
     parser.add_argument(
         "--seed", type=whole_number, default=0, help="another seed makes other orders (default: %(default)s)"

@@ -138,9 +138,10 @@ def generate_orders(
     """
     _check(rows, updated_at, seed)
     write = partial(write_orders, rows=rows, updated_at=updated_at, seed=seed, progress=progress)
-    if getattr(path, "protocol", "") in ("", "file", "local"):
-        return _write_file(Path(getattr(path, "path", path)), write)
-    assert not isinstance(path, Path)
+    if isinstance(path, Path):
+        return _write_file(path, write)
+    if path.protocol in ("", "file", "local"):
+        return _write_file(Path(path.path), write)
     return _write_object(path, write)
 
 
@@ -170,7 +171,7 @@ def _write_object(path: StoredPath, write: Callable[[BinaryIO], int]) -> int:
             out.close()  # sends the last part
             out.commit()
         except BaseException:
-            # As if all had been sent: close() would send the rest, which some stores take for the end of a whole object.
+            # As if all had been sent: close() would send the rest, which to some stores is the end of a whole object.
             out.forced = True
             with suppress(Exception):  # the error that brought us here counts
                 out.discard()

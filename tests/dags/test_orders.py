@@ -1,5 +1,6 @@
 """The DAGs `orders` and `verify_orders`: their structure, and real runs of them on a real warehouse."""
 
+import hashlib
 import os
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import pytest
 
 from local.postgres import Server
 from local.settings import airflow_connection, environment, metadata_url
-from tests.conftest import FAST, ROOT, Warehouse
+from tests.conftest import FAST, ROOT, S3, Warehouse
 
 RUN = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 KINDS = ("swap", "union", "merge")
@@ -210,6 +211,43 @@ def test_run_that_is_repeated_makes_the_same_bytes_and_loads_nothing_new(dag: An
         run = dag.test(logical_date=RUN, run_after=RUN, run_conf={"rows": 10})
         assert run.state == "success"
 
+    assert counts(warehouse) == (10, 1, 10, 10, 10)
+    assert len(warehouse.rows("SELECT * FROM raw.loads")) == 1
+
+
+@pytest.fixture
+def on_s3(s3: S3, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> str:
+    """The prefix of the batch files, before the DAG's file is read."""
+    prefix = f"data of {request.node.name}"
+    monkeypatch.setenv("WAREHOUSE_DATA", f"s3://aws_default@{s3.bucket}/{prefix}/")
+    return prefix
+
+
+def test_three_runs_with_their_files_on_s3(on_s3: str, dag: Any, warehouse: Warehouse, s3: S3) -> None:
+    for hour in range(3):
+        moment = RUN + timedelta(hours=hour)
+        assert dag.test(logical_date=moment, run_after=moment).state == "success"
+
+    assert counts(warehouse) == (300, 3, 100, 100, 100)
+    loads = warehouse.rows("SELECT source, sha256 FROM raw.loads ORDER BY load_id")
+    assert [source for source, _ in loads] == [
+        f"s3://aws_default@{s3.bucket}/{on_s3}/raw/orders-manual__2026-01-02T0{hour}:04:05+00:00.csv"
+        for hour in (3, 4, 5)
+    ]
+    keys = s3.keys(on_s3)
+    assert [hashlib.sha256(s3.get(key)).hexdigest() for key in keys] == [sha256 for _, sha256 in loads]
+
+
+def test_run_that_is_repeated_on_s3_makes_the_same_bytes_and_loads_nothing_new(
+    on_s3: str, dag: Any, warehouse: Warehouse, s3: S3
+) -> None:
+    found = set()
+    for _ in range(2):
+        assert dag.test(logical_date=RUN, run_after=RUN, run_conf={"rows": 10}).state == "success"
+        (key,) = s3.keys(on_s3)
+        found.add((key, s3.get(key)))
+
+    assert len(found) == 1
     assert counts(warehouse) == (10, 1, 10, 10, 10)
     assert len(warehouse.rows("SELECT * FROM raw.loads")) == 1
 
@@ -567,12 +605,15 @@ def test_database_that_is_away_makes_the_load_red_and_stops_the_refresh(
     assert refresh_states(run) == dict.fromkeys(KINDS, "upstream_failed")
 
 
+@pytest.mark.parametrize("data", ["data", "s3://aws_default@warehouse/data"])
 @pytest.mark.parametrize("module", ["orders", "verify_orders"])
-def test_importing_the_dag_opens_no_connection_and_no_file_of_ours(tmp_path: Path, module: str) -> None:
+def test_importing_the_dag_opens_no_connection_and_no_file_of_ours(tmp_path: Path, module: str, data: str) -> None:
     blocked = (
         "import socket, psycopg, psycopg2\n"
         "def refuse(*_, **__): raise AssertionError('no connection at import')\n"
         "socket.socket.connect = psycopg.connect = psycopg.Connection.connect = psycopg2.connect = refuse\n"
+        "from airflow.models.connection import Connection\n"
+        "Connection.get_connection_from_secrets = refuse\n"
         f"import {module}\n"
     )
 
@@ -580,7 +621,7 @@ def test_importing_the_dag_opens_no_connection_and_no_file_of_ours(tmp_path: Pat
         [sys.executable, "-W", "ignore", "-c", blocked],
         cwd=tmp_path,
         env=os.environ
-        | {"PYTHONPATH": str(ROOT / "dags"), "AIRFLOW_HOME": str(tmp_path), "WAREHOUSE_DATA": str(tmp_path / "data")},
+        | {"PYTHONPATH": str(ROOT / "dags"), "AIRFLOW_HOME": str(tmp_path), "WAREHOUSE_DATA": data},
         check=True,
     )
 
