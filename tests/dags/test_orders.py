@@ -620,8 +620,7 @@ def test_importing_the_dag_opens_no_connection_and_no_file_of_ours(tmp_path: Pat
     subprocess.run(
         [sys.executable, "-W", "ignore", "-c", blocked],
         cwd=tmp_path,
-        env=os.environ
-        | {"PYTHONPATH": str(ROOT / "dags"), "AIRFLOW_HOME": str(tmp_path), "WAREHOUSE_DATA": data},
+        env=os.environ | {"PYTHONPATH": str(ROOT / "dags"), "AIRFLOW_HOME": str(tmp_path), "WAREHOUSE_DATA": data},
         check=True,
     )
 
