@@ -7,13 +7,15 @@ import os
 import re
 import stat
 from collections.abc import Callable, Hashable
+from concurrent.futures import Future, ThreadPoolExecutor
 from io import FileIO, RawIOBase
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, Protocol, TypeVar
 
-# One ranged GET. Two blocks are held and a third is on its way, whatever the size of the object.
+# One ranged GET, and how many of them are held, whatever the size of the object: the one that is read, the next, which
+# comes meanwhile, and one more, so that a look at the last byte does not cost the first block.
 OBJECT_BLOCK_BYTES = 8 * 1024 * 1024
-OBJECT_BLOCKS = 2
+OBJECT_BLOCKS = 3
 # What tells one version of an object from the next, in the words of S3, Google, Azure and SFTP, as far as there.
 VERSION = ("ETag", "etag", "VersionId", "generation", "LastModified", "last_modified", "updated", "mtime", "created")
 # As ObjectStoragePath and UPath call the file system of this machine.
@@ -65,7 +67,7 @@ class Source(Protocol):
 
 def shown(path: Path | StoredPath) -> str:
     """The path as text for messages and the ledger. A user or connection stays, a password does not."""
-    return re.sub(r"^(\w+://[^/:@]*):[^/]*@", r"\1@", str(path))
+    return re.sub(r"^(\w+://[^/:@]*):(?!\d+/)[^@]*@", r"\1@", str(path))
 
 
 def open_source(path: Path | StoredPath) -> Source:
@@ -120,23 +122,22 @@ class _Object(RawIOBase):
 
     def __init__(self, fs: Any, path: str, name: str) -> None:
         self.fs, self.path, self.shown = fs, path, name
-        self._file: Any = None
         self._first = self.state()
-        options = {"maxblocks": OBJECT_BLOCKS}
-        self._file = self._ask(
-            lambda: fs.open(path, "rb", block_size=OBJECT_BLOCK_BYTES, cache_type="background", cache_options=options)
-        )
+        self._file = self._ask(lambda: fs.open(path, "rb", cache_type="none"))
+        self._thread = ThreadPoolExecutor(1)  # the only one that reads from the file
+        self._blocks: dict[int, Future[bytes]] = {}
+        self._at = 0
 
     def readable(self) -> bool:
         return True
 
     def read(self, size: int = -1) -> bytes:
-        try:
-            data: bytes = self._file.read(size)
-        except Exception as error:
-            self._explain(error)
-        if not data and size and (at := self.tell()) < self._first.size:
-            raise OSError(f"{self.shown}: the store's answers ended after {at:,} of {self._first.size:,} bytes")
+        """At most to the end of a block."""
+        if self._at >= self._first.size:
+            return b""
+        number, start = divmod(self._at, OBJECT_BLOCK_BYTES)
+        data = self._block(number)[start : start + size if size >= 0 else None]
+        self._at += len(data)
         return data
 
     def readinto(self, buffer: Any) -> int:
@@ -145,15 +146,39 @@ class _Object(RawIOBase):
         return len(data)
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        return int(self._file.seek(offset, whence))
+        self._at = offset + (self._first.size if whence == os.SEEK_END else 0)
+        return self._at
 
     def tell(self) -> int:
-        return int(self._file.tell())
+        return self._at
 
     def close(self) -> None:
-        if not self.closed and self._file is not None:
+        if not self.closed and hasattr(self, "_thread"):  # else it could not be opened
+            self._thread.shutdown(cancel_futures=True)
+            self._blocks.clear()
             self._file.close()
         super().close()
+
+    def _block(self, number: int) -> bytes:
+        wanted = [number, number + 1]
+        for block in wanted:
+            if block not in self._blocks and block * OBJECT_BLOCK_BYTES < self._first.size:
+                self._blocks[block] = self._thread.submit(self._fetch, block * OBJECT_BLOCK_BYTES)
+        others = [block for block in self._blocks if block not in wanted]
+        for block in others[: max(len(self._blocks) - OBJECT_BLOCKS, 0)]:
+            del self._blocks[block]
+        try:
+            return self._blocks[number].result()
+        except Exception as error:
+            self._explain(error)
+
+    def _fetch(self, start: int) -> bytes:
+        size = min(OBJECT_BLOCK_BYTES, self._first.size - start)
+        self._file.seek(start)
+        data: bytes = self._file.read(size)
+        if len(data) != size:
+            raise OSError(f"{self.shown}: the store's answer ended after {len(data):,} of {size:,} bytes")
+        return data
 
     def state(self) -> State:
         self.fs.invalidate_cache(self.path)  # or it may say what a listing of an hour ago said

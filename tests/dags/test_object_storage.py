@@ -217,9 +217,23 @@ def test_object_that_is_replaced_between_the_passes_is_refused(
     assert counts(warehouse) == (0, 0)
 
 
+def test_any_file_system_of_fsspec_will_do(warehouse: Warehouse, monkeypatch: pytest.MonkeyPatch) -> None:
+    from upath import UPath
+
+    path = UPath("memory://folder/orders.csv")
+    path.write_bytes(MANY)
+
+    with warehouse.connect() as conn:
+        assert load_batch(conn, table="raw.orders", batch_id="a", path=path).rows == 20_000
+    at_block(monkeypatch, 1, lambda: path.write_bytes(MANY))
+    with warehouse.connect() as conn, pytest.raises(BatchError, match=r"^memory://folder/orders\.csv: .* changed"):
+        load_batch(conn, table="raw.orders", batch_id="b", path=path, load_again=True)
+
+
 def test_listing_made_before_does_not_hide_a_new_object(
     warehouse: Warehouse, s3: S3, load: Callable[..., Load]
 ) -> None:
+    s3.client().delete_object(Bucket=s3.bucket, Key="late/orders.csv")
     s3.put("late/other.csv", b"x")
     path = s3.path("late/orders.csv")
     assert path.fs.ls("warehouse/late", detail=False) == ["warehouse/late/other.csv"]
@@ -270,6 +284,7 @@ def test_object_that_may_not_be_read_says_what_may_be_missing(warehouse: Warehou
         ("s3://aws_default@bucket/orders.csv", "s3://aws_default@bucket/orders.csv"),
         ("s3://AKIA:se/cret@bucket/orders.csv", "s3://AKIA@bucket/orders.csv"),
         ("s3://bucket/a:b@c.csv", "s3://bucket/a:b@c.csv"),
+        ("http://host:8080/a@b.csv", "http://host:8080/a@b.csv"),
         ("/data/a:b@c.csv", "/data/a:b@c.csv"),
     ],
 )

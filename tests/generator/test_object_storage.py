@@ -193,3 +193,13 @@ def test_command_writes_to_a_url(s3: S3) -> None:
     assert (returncode, stderr) == (0, "")
     assert stdout.endswith("s3://warehouse/command.csv\n")
     assert s3.get("command.csv") == expected(10)
+
+
+def test_any_file_system_of_fsspec_will_do() -> None:
+    from upath import UPath
+
+    path = UPath("memory://folder/orders.csv")
+
+    generate_orders(path, rows=10, updated_at=NOON)
+
+    assert path.read_bytes() == expected(10)
