@@ -4,8 +4,10 @@ import gzip
 import hashlib
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -268,6 +270,29 @@ def test_server_that_is_away_is_not_the_batchs_fault(
     assert not isinstance(at_open.value, BatchError)
     assert "Desk" not in caplog.text  # psycopg logs what the server says to an aborted COPY
     assert "not-a-secret" not in caplog.text + str(in_mid_read.value) + str(at_open.value)
+
+
+@pytest.mark.usefixtures("s3")  # its credentials
+@pytest.mark.parametrize("status", [429, 500, 503])
+def test_server_that_is_busy_is_not_the_batchs_fault(warehouse: Warehouse, status: int) -> None:
+    from upath import UPath
+
+    class Busy(BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            self.send_response(status)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Busy) as server:
+        threading.Thread(target=server.serve_forever).start()
+        path = UPath("s3://warehouse/orders.csv", endpoint_url=f"http://127.0.0.1:{server.server_port}")
+        with warehouse.connect() as conn, pytest.raises(OSError, match=r"HeadObject|Error|Unavailable|Many") as raised:
+            load_batch(conn, table="raw.orders", batch_id="a", path=path)
+        server.shutdown()
+
+    assert not isinstance(raised.value, FileNotFoundError | PermissionError)
 
 
 @pytest.mark.parametrize("own_s3", [{"checked_after": 2}], indirect=True)
