@@ -13,6 +13,7 @@ from typing import Any
 
 import psycopg
 import pytest
+from batch_store import open_source
 
 from local.postgres import Server
 from local.settings import airflow_connection, environment, metadata_url
@@ -250,6 +251,52 @@ def test_run_that_is_repeated_on_s3_makes_the_same_bytes_and_loads_nothing_new(
     assert len(found) == 1
     assert counts(warehouse) == (10, 1, 10, 10, 10)
     assert len(warehouse.rows("SELECT * FROM raw.loads")) == 1
+
+
+@pytest.fixture
+def on_own_s3(own_s3: S3, monkeypatch: pytest.MonkeyPatch) -> S3:
+    # Airflow keeps the client of a connection, so this one has a connection of its own.
+    monkeypatch.setenv("AIRFLOW_CONN_OTHER_S3", own_s3.environment["AIRFLOW_CONN_AWS_DEFAULT"])
+    monkeypatch.setenv("WAREHOUSE_DATA", f"s3://other_s3@{own_s3.bucket}")
+    return own_s3
+
+
+def test_load_is_tried_again_when_the_store_was_away(
+    on_own_s3: S3, dag: Any, warehouse: Warehouse, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    delivered: dict[str, bytes] = {}
+
+    def away_at_first(path: Any) -> Any:
+        if not delivered:
+            delivered.update({key: on_own_s3.get(key) for key in on_own_s3.keys("raw/")})
+            on_own_s3.stop()
+        elif on_own_s3.process.poll() is not None:
+            on_own_s3.start()
+            for key, content in delivered.items():
+                on_own_s3.put(key, content)
+        return open_source(path)
+
+    monkeypatch.setattr("batch_file.open_source", away_at_first)
+    for task in dag.tasks:
+        monkeypatch.setattr(task, "retry_delay", timedelta(0))
+        monkeypatch.setattr(task, "retry_exponential_backoff", 0)
+
+    run = dag.test(logical_date=RUN, run_after=RUN)
+
+    assert run.state == "success"
+    assert states(run)["load_raw"] == ("success", 2)
+    assert counts(warehouse) == (100, 1, 100, 100, 100)
+
+
+def test_object_that_is_missing_fails_at_once(
+    on_s3: str, dag: Any, warehouse: Warehouse, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(GENERATE, lambda *_, **__: None)
+
+    run = dag.test(logical_date=RUN, run_after=RUN)
+
+    assert run.state == "failed"
+    assert states(run)["load_raw"] == ("failed", 1)
 
 
 def test_older_batch_that_comes_late_does_not_replace_newer_rows(dag: Any, warehouse: Warehouse) -> None:
