@@ -254,6 +254,19 @@ def test_run_that_is_repeated_on_s3_makes_the_same_bytes_and_loads_nothing_new(
 
 
 @pytest.fixture
+def by_file_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("WAREHOUSE_DATA", f"file://{tmp_path}/a folder")
+    return tmp_path / "a folder"
+
+
+def test_url_of_a_folder_is_that_folder(by_file_url: Path, dag: Any, warehouse: Warehouse) -> None:
+    assert dag.test(logical_date=RUN, run_after=RUN, run_conf={"rows": 10}).state == "success"
+
+    (path,) = (by_file_url / "raw").iterdir()
+    assert warehouse.rows("SELECT source, rows FROM raw.loads") == [(f"file://{path}", 10)]
+
+
+@pytest.fixture
 def on_own_s3(own_s3: S3, monkeypatch: pytest.MonkeyPatch) -> S3:
     # Airflow keeps the client of a connection, so this one has a connection of its own.
     monkeypatch.setenv("AIRFLOW_CONN_OTHER_S3", own_s3.environment["AIRFLOW_CONN_AWS_DEFAULT"])
