@@ -1,6 +1,7 @@
 """A delivered CSV file: opened once, only ever read, in blocks, and cut into records where that is asked for.
 
-What is a whole CSV file is decided here; what its values may be is PostgreSQL's business (batch_load, batch_rejects).
+It is a file on disk, or an object of a store such as S3 (batch_store). What is a whole CSV file is decided here; what
+its values may be is PostgreSQL's business (batch_load, batch_rejects).
 """
 
 import csv
@@ -10,18 +11,18 @@ import io
 import logging
 import os
 import re
-import stat
 import time
 import zlib
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
-from io import FileIO, RawIOBase
+from io import RawIOBase
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 import numpy as np
+from batch_store import BatchError, Source, StoredPath, open_source, shown
 from numpy.typing import NDArray
 
 log = logging.getLogger(__name__)
@@ -67,13 +68,6 @@ OPEN_QUOTE = "a quoted field that never ends"
 END_OF_DATA = r"a line of just \., the end of the data for PostgreSQL 17 and older"
 
 
-class BatchError(Exception):
-    """The batch can't be loaded as it is, now or later; nothing was written.
-
-    The message names the file, the line, column and value where there are any, and the remedy.
-    """
-
-
 @dataclass(frozen=True)
 class Records:
     """Some thousand records of a file, in its order.
@@ -96,15 +90,16 @@ class BatchFile:
     It has the `header` line as received, the `columns` that it names, the `newline` that ends it, and how many
     `header_lines` it takes; `lines` of the whole file, and its `sha256`, once blocks or records came to their end.
 
-    :param path: only a regular file.
+    :param path: only a regular file, or an object.
     :raises BatchError: it is missing, empty, cut off, or visibly something else.
+    :raises Exception: whatever else the store's client says, such as that the store can't be reached.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._file = _open(path)
+    def __init__(self, path: Path | StoredPath) -> None:
+        self.path = shown(path)
+        self._file = open_source(path)
         try:
-            self._stat = os.fstat(self._file.fileno())
+            self._state = self._file.state()
             self.is_gzip = self._file.read(len(GZIP)) == GZIP
             self._file.seek(0)
             start = self._start()
@@ -128,8 +123,8 @@ class BatchFile:
 
     @property
     def size(self) -> int:
-        """Bytes of the file on disk."""
-        return self._stat.st_size
+        """Bytes of the file on disk, or of the object."""
+        return self._state.size
 
     def digest(self) -> str:
         """SHA-256 of the file as it is on disk, 64 hexadecimal digits.
@@ -283,12 +278,9 @@ class BatchFile:
         return f"a line end unlike that of the header, which is {self.newline.decode()!r}"
 
     def _check_unchanged(self) -> None:
-        now, before = os.fstat(self._file.fileno()), self._stat
-        if (now.st_size, now.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
-            raise BatchError(
-                f"{self.path}: the file changed while it was read ({before.st_size:,} bytes, then {now.st_size:,}): "
-                f"it is still being written. Write it beside and rename it when it is whole."
-            )
+        now = self._file.state()
+        if now != self._state:
+            raise self._file.changed(self._state.size, now.size)
 
     def _start(self) -> bytes:
         """The first bytes of the text. Refuses what is visibly not a whole CSV file."""
@@ -336,7 +328,7 @@ class BatchFile:
 class _Hashed(RawIOBase):
     """What is read from a file, with the SHA-256 of it."""
 
-    def __init__(self, file: FileIO) -> None:
+    def __init__(self, file: Source) -> None:
         self._file = file
         self.digest = hashlib.sha256()
 
@@ -344,7 +336,7 @@ class _Hashed(RawIOBase):
         return True
 
     def read(self, size: int = -1) -> bytes:
-        data = self._file.read(size)
+        data: bytes = self._file.read(size)
         self.digest.update(data)
         return data
 
@@ -424,17 +416,3 @@ def _next(sorted_numbers: NDArray[np.int64], least: int) -> int | None:
     """The first of them that is not less than least, or None."""
     place = np.searchsorted(sorted_numbers, least)
     return int(sorted_numbers[place]) if place < len(sorted_numbers) else None
-
-
-def _open(path: Path) -> FileIO:
-    try:
-        # O_NONBLOCK: opening a FIFO would wait for its writer, for ever.
-        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        raise BatchError(
-            f"{path!s}: {getattr(error, 'strerror', error)}. Has the file been moved, or not been delivered yet?"
-        ) from None
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        os.close(fd)
-        raise BatchError(f"{path}: not a regular file")
-    return FileIO(fd, "rb")

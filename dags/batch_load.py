@@ -17,8 +17,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from batch_file import BOM, END_OF_DATA, STRAY_QUOTE, BatchError, BatchFile, scan
+from batch_file import BOM, END_OF_DATA, STRAY_QUOTE, BatchFile, scan
 from batch_rejects import LOST, Limit, Problem, Table, copy_statement, is_about_data, load_good_records, printable
+from batch_store import BatchError, StoredPath
 from psycopg import Connection, Cursor, Error, Rollback, errors, sql
 from psycopg.pq import TransactionStatus
 from psycopg.rows import tuple_row
@@ -100,7 +101,7 @@ def load_batch(
     *,
     table: str,
     batch_id: str,
-    path: Path,
+    path: Path | StoredPath,
     updated_at: datetime | None = None,
     max_rejects: int | str = 0,
     load_again: bool = False,
@@ -113,7 +114,8 @@ def load_batch(
     :param table: such as "raw.orders". Its columns, but for row_id and load_id, are those that the
         file's header must name, in any order.
     :param batch_id: the batch's name. The same name with the same bytes is a success that loads nothing.
-    :param path: a UTF-8 CSV file with a header line, as it is or packed with gzip. Only read, in blocks of 64 KiB.
+    :param path: a UTF-8 CSV file with a header line, as it is or packed with gzip. Only read, in blocks of 64 KiB. An
+        object of a store too, by a path such as airflow.sdk.ObjectStoragePath("s3://aws_default@bucket/orders.csv").
     :param updated_at: the moment that all rows of the batch share, for the ledger.
     :param max_rejects: how many records may be bad, as a number or a percentage such as "1%". They are kept in the
         table's quarantine (of raw.orders: raw.orders_rejects), and the others are loaded.
@@ -126,6 +128,8 @@ def load_batch(
     :raises psycopg.errors.SerializationFailure: another loader brought the same bytes, or took the load_id, meanwhile.
         Roll back and call again.
     :raises psycopg.OperationalError: the connection broke. Call again: the ledger knows whether the rows are in.
+    :raises PermissionError: the store does not let us read the object.
+    :raises Exception: of the store's client, such as botocore's ConnectionError: it is away or busy. Call again.
     :raises ValueError: the connection is in autocommit mode, outside of a transaction; max_rejects is no limit; the
         database is not in UTF8.
     """
@@ -150,7 +154,7 @@ def load_batch(
             digest = file.digest()
             if found and found.sha256 != digest:
                 raise BatchError(
-                    f"{path}: batch {batch_id} was loaded into {to} as load {found.load_id} with other bytes: "
+                    f"{file.path}: batch {batch_id} was loaded into {to} as load {found.load_id} with other bytes: "
                     f"sha256 was {found.sha256}, is {digest}. A batch never changes: deliver corrections as a new "
                     f"batch, with a newer updated_at."
                 )
@@ -293,7 +297,7 @@ def _copy(cur: Cursor[Any], table: Table, file: BatchFile) -> int:
     records = -1  # without the header
     tail = NEWLINE  # the end of the block before: a line may begin in one block and end in the next
     skip = len(BOM) if file.has_bom else 0
-    stopped: BatchError | _NotAsReceived | None = None
+    stopped: Exception | None = None
     try:
         with cur.copy(copy_statement(table, file.columns)) as copy:
             # An exception here would make psycopg log what the server says to it, with all values of a row.
@@ -313,7 +317,9 @@ def _copy(cur: Cursor[Any], table: Table, file: BatchFile) -> int:
                     quotes += found.quotes
                     records += found.record_ends
                     skip = 0
-            except (BatchError, _NotAsReceived) as error:
+            except Error:
+                raise
+            except Exception as error:  # ours, or what reading an object came to
                 stopped = error
     except Error:
         if stopped is None:

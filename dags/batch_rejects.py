@@ -19,7 +19,8 @@ from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 import numpy as np
-from batch_file import BatchError, BatchFile, Records, fields
+from batch_file import BatchFile, Records, fields
+from batch_store import BatchError
 from psycopg import Cursor, Error, ProgrammingError, sql
 from psycopg.abc import Buffer
 from psycopg.adapt import Dumper

@@ -1,6 +1,6 @@
 """### Land one batch of orders, publish the latest row of each
 
-`generate_batch` ──> data/raw/orders-RUN.csv ──> `load_raw` (COPY FROM STDIN) ──> **raw.orders** ──>
+`generate_batch` ──> data/raw/orders-RUN.csv (or s3://...) ──> `load_raw` (COPY FROM STDIN) ──> **raw.orders** ──>
 `choose_refresh` ──> one of three refreshes (DISTINCT ON) ──> **stg.orders_latest**
 
 | task | does | may run again, because |
@@ -29,12 +29,12 @@ from urllib.parse import quote
 
 from airflow.providers.common.sql.operators.sql import SQLExecuteQueryOperator
 from airflow.providers.postgres.hooks.postgres import PostgresHook
-from airflow.sdk import Asset, ExceptionRetryPolicy, Label, Param, RetryAction, RetryRule, dag, task
+from airflow.sdk import Asset, ExceptionRetryPolicy, Label, ObjectStoragePath, Param, RetryAction, RetryRule, dag, task
 from batch_load import BatchError, load_batch
 from stg_refresh import cheapest_refresh, report_refresh, rows_written
 
 ROOT = Path(__file__).resolve().parents[1]
-DATA = Path(os.environ.get("WAREHOUSE_DATA", ROOT / "data"))
+DATA = os.environ.get("WAREHOUSE_DATA") or str(ROOT / "data")  # a folder, or a URL such as s3://aws_default@bucket
 sys.path.append(str(ROOT))  # generator/ is beside dags/
 
 RAW = Asset("raw.orders", group="warehouse")
@@ -49,6 +49,11 @@ REFRESHES = {  # kind: its script, and when it is chosen, for the graph
 def batch_time(dag_run: Any) -> datetime:
     """The instant that a run stands for, however often it is repeated; a run may have no logical date."""
     return dag_run.logical_date or dag_run.run_after  # type: ignore[no-any-return]
+
+
+def stored(url: str) -> Any:
+    """The path of a batch file. Only tasks may ask: of a URL it looks the connection up."""
+    return ObjectStoragePath(url) if "://" in url else Path(url)
 
 
 @dag(
@@ -111,19 +116,19 @@ def orders() -> None:
     def generate_batch(params: Any = None, dag_run: Any = None) -> str:
         from generator.orders import generate_orders  # NumPy and Faker: not for every parse of this file
 
-        path = DATA / "raw" / f"orders-{quote(dag_run.run_id, safe=':+')}.csv"
-        generate_orders(path, rows=params["rows"], seed=params["seed"], updated_at=batch_time(dag_run))
-        return str(path)
+        url = f"{DATA.rstrip('/')}/raw/orders-{quote(dag_run.run_id, safe=':+')}.csv"
+        generate_orders(stored(url), rows=params["rows"], seed=params["seed"], updated_at=batch_time(dag_run))
+        return url
 
     # A bad file stays bad: only what may pass by itself is tried again.
     @task(outlets=[RAW], retry_policy=ExceptionRetryPolicy([RetryRule(BatchError, RetryAction.FAIL)]))
-    def load_raw(path: Any, params: Any = None, dag_run: Any = None, outlet_events: Any = None) -> dict[str, Any]:
+    def load_raw(url: Any, params: Any = None, dag_run: Any = None, outlet_events: Any = None) -> dict[str, Any]:
         with PostgresHook("de_dw").get_conn() as conn:
             load = load_batch(
                 conn,
                 table="raw.orders",
                 batch_id=dag_run.run_id,
-                path=Path(path),
+                path=stored(url),
                 updated_at=batch_time(dag_run),
                 max_rejects=params["max_rejects"],
                 load_again=params["load_again"],

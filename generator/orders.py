@@ -22,10 +22,11 @@ import secrets
 import time
 import unicodedata
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -99,11 +100,24 @@ EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 YEARS = range(1970, 9_999)  # a month earlier or an offset later is then still a date that Python can hold
 
 BLOCK_ROWS = 8_192  # 1.3 MB of text: 4k to 32k rows ran equally fast, and more only takes memory
+# One part of an upload. S3 takes 10,000 of them: 160 GB, a billion orders.
+PART_BYTES = 16 * 1024 * 1024
 WORDS_PER_ROW = 4  # of 64 random bits: eight draws of 32 bits for each order
 
 
+class StoredPath(Protocol):
+    """What airflow.sdk.ObjectStoragePath and upath.UPath have: a path in a file system of fsspec."""
+
+    @property
+    def protocol(self) -> str: ...
+    @property
+    def path(self) -> str: ...
+    @property
+    def fs(self) -> Any: ...
+
+
 def generate_orders(
-    path: Path,
+    path: Path | StoredPath,
     *,
     rows: int,
     updated_at: datetime,
@@ -112,14 +126,26 @@ def generate_orders(
 ) -> int:
     """Write orders 1 to `rows` as they stand at `updated_at` to the CSV file `path`; return its bytes.
 
-    The file appears under its name only when it is whole and on disk. On any error, Ctrl-C included, an
-    earlier file stays as it was and nothing is left beside it (only a kill leaves the hidden .part file). A
-    missing folder is made. `progress` is called after every block with the number of rows written so far.
+    The file appears under its name only when it is whole and on disk, an object only when all of its parts
+    are in the store. On any error, Ctrl-C included, an earlier file or object stays as it was and nothing is
+    left beside it (only a kill leaves the hidden .part file, or the parts of an unfinished upload). A missing
+    folder is made, a missing bucket is not. `progress` is called after every block with the number of rows
+    written so far.
 
     Raises ValueError when rows or seed is negative, or updated_at has no offset or is not in the years 1970
-    to 9998; OSError when the file cannot be written or `path` is something else than a file.
+    to 9998; OSError when the file cannot be written or `path` is something else than a file; whatever the
+    client of an object store raises when that can't be reached.
     """
     _check(rows, updated_at, seed)
+    write = partial(write_orders, rows=rows, updated_at=updated_at, seed=seed, progress=progress)
+    if isinstance(path, Path):
+        return _write_file(path, write)
+    if path.protocol in ("", "file", "local"):
+        return _write_file(Path(path.path), write)
+    return _write_object(path, write)
+
+
+def _write_file(path: Path, write: Callable[[BinaryIO], int]) -> int:
     path = path.resolve()  # replace the file behind a symlink, not the symlink
     if path.exists() and not path.is_file():
         raise OSError(f"{path} is not a regular file, so it is not replaced: give the name of a file")
@@ -128,12 +154,31 @@ def generate_orders(
     part = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
     try:
         with part.open("xb") as out:
-            size = write_orders(out, rows=rows, updated_at=updated_at, seed=seed, progress=progress)
+            size = write(out)
             out.flush()
             os.fsync(out.fileno())
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+    return size
+
+
+def _write_object(path: StoredPath, write: Callable[[BinaryIO], int]) -> int:
+    try:
+        out = path.fs.open(path.path, "wb", autocommit=False, block_size=PART_BYTES)
+        try:
+            size = write(out)
+            out.close()  # sends the last part
+            out.commit()
+        except BaseException:
+            # As if all had been sent: close() would send the rest, which to some stores is the end of a whole object.
+            out.forced = True
+            with suppress(Exception):  # the error that brought us here counts
+                out.discard()
+            out.close()
+            raise
+    except (FileNotFoundError, PermissionError) as error:  # which name no object
+        raise type(error)(f"{path.fs.unstrip_protocol(path.path)}: {error}") from error
     return size
 
 

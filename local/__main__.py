@@ -16,6 +16,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from importlib import metadata as packages
 from pathlib import Path
 
 import psutil
@@ -70,6 +71,20 @@ def holder() -> dict[str, object]:
     return content
 
 
+def check_data() -> None:
+    """Look whether Airflow can write to WAREHOUSE_DATA, before anything is started.
+
+    :raises Failure: packages are missing for an s3:// URL. What other stores need Airflow says.
+    """
+    if os.environ.get("WAREHOUSE_DATA", "").startswith("s3://"):
+        installed = {package.metadata["Name"] for package in packages.distributions()}
+        if missing := {"apache-airflow-providers-amazon", "s3fs"} - installed:
+            raise Failure(
+                f"WAREHOUSE_DATA is on s3://, for which {' and '.join(sorted(missing))} must be installed: "
+                f"local/venv.sh requirements-image.txt"
+            )
+
+
 def open_databases(console: Console, stack: ExitStack, port: int) -> dict[str, str]:
     """Start the embedded server where it is needed, and return the environment for Alembic and Airflow.
 
@@ -120,6 +135,7 @@ def demo(console: Console, stack: ExitStack) -> None:
 
     :raises Failure: a run failed, or the counts are not what they must be.
     """
+    check_data()
     env = open_databases(console, stack, DEFAULT_PORT)
     migrate_warehouse(console, env)
     from local.demo import run_demo  # imports nothing of Airflow before its environment is set
@@ -132,6 +148,7 @@ def up(console: Console, stack: ExitStack, port: int | None) -> None:
 
     :raises Failure: one of them could not be started, or ended by itself.
     """
+    check_data()
     port = free_port(port)
     env = open_databases(console, stack, port)
     migrate_warehouse(console, env)

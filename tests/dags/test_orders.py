@@ -1,5 +1,6 @@
 """The DAGs `orders` and `verify_orders`: their structure, and real runs of them on a real warehouse."""
 
+import hashlib
 import os
 import subprocess
 import sys
@@ -12,10 +13,11 @@ from typing import Any
 
 import psycopg
 import pytest
+from batch_store import open_source
 
 from local.postgres import Server
 from local.settings import airflow_connection, environment, metadata_url
-from tests.conftest import FAST, ROOT, Warehouse
+from tests.conftest import FAST, ROOT, S3, Warehouse
 
 RUN = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 KINDS = ("swap", "union", "merge")
@@ -212,6 +214,102 @@ def test_run_that_is_repeated_makes_the_same_bytes_and_loads_nothing_new(dag: An
 
     assert counts(warehouse) == (10, 1, 10, 10, 10)
     assert len(warehouse.rows("SELECT * FROM raw.loads")) == 1
+
+
+@pytest.fixture
+def on_s3(s3: S3, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> str:
+    """The prefix of the batch files, before the DAG's file is read."""
+    prefix = f"data of {request.node.name}"
+    monkeypatch.setenv("WAREHOUSE_DATA", f"s3://aws_default@{s3.bucket}/{prefix}/")
+    return prefix
+
+
+def test_three_runs_with_their_files_on_s3(on_s3: str, dag: Any, warehouse: Warehouse, s3: S3) -> None:
+    for hour in range(3):
+        moment = RUN + timedelta(hours=hour)
+        assert dag.test(logical_date=moment, run_after=moment).state == "success"
+
+    assert counts(warehouse) == (300, 3, 100, 100, 100)
+    loads = warehouse.rows("SELECT source, sha256 FROM raw.loads ORDER BY load_id")
+    assert [source for source, _ in loads] == [
+        f"s3://aws_default@{s3.bucket}/{on_s3}/raw/orders-manual__2026-01-02T0{hour}:04:05+00:00.csv"
+        for hour in (3, 4, 5)
+    ]
+    keys = s3.keys(on_s3)
+    assert [hashlib.sha256(s3.get(key)).hexdigest() for key in keys] == [sha256 for _, sha256 in loads]
+
+
+def test_run_that_is_repeated_on_s3_makes_the_same_bytes_and_loads_nothing_new(
+    on_s3: str, dag: Any, warehouse: Warehouse, s3: S3
+) -> None:
+    found = set()
+    for _ in range(2):
+        assert dag.test(logical_date=RUN, run_after=RUN, run_conf={"rows": 10}).state == "success"
+        (key,) = s3.keys(on_s3)
+        found.add((key, s3.get(key)))
+
+    assert len(found) == 1
+    assert counts(warehouse) == (10, 1, 10, 10, 10)
+    assert len(warehouse.rows("SELECT * FROM raw.loads")) == 1
+
+
+@pytest.fixture
+def by_file_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("WAREHOUSE_DATA", f"file://{tmp_path}/a folder")
+    return tmp_path / "a folder"
+
+
+def test_url_of_a_folder_is_that_folder(by_file_url: Path, dag: Any, warehouse: Warehouse) -> None:
+    assert dag.test(logical_date=RUN, run_after=RUN, run_conf={"rows": 10}).state == "success"
+
+    (path,) = (by_file_url / "raw").iterdir()
+    assert warehouse.rows("SELECT source, rows FROM raw.loads") == [(f"file://{path}", 10)]
+
+
+@pytest.fixture
+def on_own_s3(own_s3: S3, monkeypatch: pytest.MonkeyPatch) -> S3:
+    # Airflow keeps the client of a connection, so this one has a connection of its own.
+    monkeypatch.setenv("AIRFLOW_CONN_OTHER_S3", own_s3.environment["AIRFLOW_CONN_AWS_DEFAULT"])
+    monkeypatch.setenv("WAREHOUSE_DATA", f"s3://other_s3@{own_s3.bucket}")
+    return own_s3
+
+
+def test_load_is_tried_again_when_the_store_was_away(
+    on_own_s3: S3, dag: Any, warehouse: Warehouse, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    delivered: dict[str, bytes] = {}
+
+    def away_at_first(path: Any) -> Any:
+        if not delivered:
+            delivered.update({key: on_own_s3.get(key) for key in on_own_s3.keys("raw/")})
+            on_own_s3.stop()
+        elif on_own_s3.process.poll() is not None:
+            on_own_s3.start()
+            for key, content in delivered.items():
+                on_own_s3.put(key, content)
+        return open_source(path)
+
+    monkeypatch.setattr("batch_file.open_source", away_at_first)
+    for task in dag.tasks:
+        monkeypatch.setattr(task, "retry_delay", timedelta(0))
+        monkeypatch.setattr(task, "retry_exponential_backoff", 0)
+
+    run = dag.test(logical_date=RUN, run_after=RUN)
+
+    assert run.state == "success"
+    assert states(run)["load_raw"] == ("success", 2)
+    assert counts(warehouse) == (100, 1, 100, 100, 100)
+
+
+def test_object_that_is_missing_fails_at_once(
+    on_s3: str, dag: Any, warehouse: Warehouse, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(GENERATE, lambda *_, **__: None)
+
+    run = dag.test(logical_date=RUN, run_after=RUN)
+
+    assert run.state == "failed"
+    assert states(run)["load_raw"] == ("failed", 1)
 
 
 def test_older_batch_that_comes_late_does_not_replace_newer_rows(dag: Any, warehouse: Warehouse) -> None:
@@ -567,20 +665,22 @@ def test_database_that_is_away_makes_the_load_red_and_stops_the_refresh(
     assert refresh_states(run) == dict.fromkeys(KINDS, "upstream_failed")
 
 
+@pytest.mark.parametrize("data", ["data", "s3://aws_default@warehouse/data"])
 @pytest.mark.parametrize("module", ["orders", "verify_orders"])
-def test_importing_the_dag_opens_no_connection_and_no_file_of_ours(tmp_path: Path, module: str) -> None:
+def test_importing_the_dag_opens_no_connection_and_no_file_of_ours(tmp_path: Path, module: str, data: str) -> None:
     blocked = (
         "import socket, psycopg, psycopg2\n"
         "def refuse(*_, **__): raise AssertionError('no connection at import')\n"
         "socket.socket.connect = psycopg.connect = psycopg.Connection.connect = psycopg2.connect = refuse\n"
+        "from airflow.models.connection import Connection\n"
+        "Connection.get_connection_from_secrets = refuse\n"
         f"import {module}\n"
     )
 
     subprocess.run(
         [sys.executable, "-W", "ignore", "-c", blocked],
         cwd=tmp_path,
-        env=os.environ
-        | {"PYTHONPATH": str(ROOT / "dags"), "AIRFLOW_HOME": str(tmp_path), "WAREHOUSE_DATA": str(tmp_path / "data")},
+        env=os.environ | {"PYTHONPATH": str(ROOT / "dags"), "AIRFLOW_HOME": str(tmp_path), "WAREHOUSE_DATA": data},
         check=True,
     )
 

@@ -20,6 +20,7 @@ THEIRS = {
     "the database system is starting up",
     "in recovery mode",
     "Connection refused",
+    "Could not connect to the endpoint URL",
     "password authentication failed",
     "could not extend file",
     "No space left on device",

@@ -7,6 +7,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ import psutil
 import psycopg
 import pytest
 
-from tests.conftest import ROOT, DatabaseServer, wait_until
+from tests.conftest import ROOT, S3, DatabaseServer, wait_until
 
 TABLE = """\
   raw.orders         rows                            300
@@ -125,6 +126,31 @@ def test_demo_with_a_wrong_url_says_so(clone: Path, server: DatabaseServer) -> N
     assert "127.0.0.1" in done.stdout
     assert "s3cret" not in done.stdout + done.stderr
     assert "s3cret" not in (clone / ".run" / "logs" / "demo.log").read_text()
+
+
+def test_demo_with_its_files_on_s3(s3: S3, tmp_path: Path) -> None:
+    more = s3.environment | {"LOCAL_STATE": str(tmp_path), "WAREHOUSE_DATA": f"s3://aws_default@{s3.bucket}/demo"}
+
+    done = subprocess.run(
+        [sys.executable, "-m", "local", "demo"], cwd=ROOT, env=environment(**more), capture_output=True, text=True
+    )
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.endswith("\n" + TABLE)
+    assert len(s3.keys("demo/raw/orders-manual__")) == 3
+    assert "not-a-secret" not in done.stdout + (tmp_path / "logs" / "demo.log").read_text()
+
+
+@pytest.mark.parametrize("target", ["demo", "up"])
+def test_files_on_s3_without_its_packages_say_what_to_install(clone: Path, target: str) -> None:
+    done = make(clone, target, WAREHOUSE_DATA="s3://aws_default@warehouse")
+
+    assert done.returncode != 0
+    assert (
+        "apache-airflow-providers-amazon and s3fs must be installed: local/venv.sh requirements-image.txt"
+        in done.stdout
+    )
+    assert "PostgreSQL" not in done.stdout
 
 
 class Up:
