@@ -587,8 +587,8 @@ FILE = st.lists(st.tuples(RECORD, st.lists(st.sampled_from([1, 1, 2]), min_size=
 
 
 @pytest.fixture(scope="module")
-def odd(server: DatabaseServer, template: str) -> Any:
-    url = server.make(template=template)
+def odd(server: DatabaseServer) -> Any:
+    url = server.make(template=server.template)
     with psycopg.connect(url) as conn:
         conn.execute(ODD.encode())
     yield Warehouse(url, server)

@@ -22,7 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from stg_refresh import cheapest_refresh
 
-from tests.conftest import ROOT, DatabaseServer, Warehouse
+from tests.conftest import SCRIPTS, VERIFY, DatabaseServer, Warehouse
 
 ORDERS = 3
 FILES = 4
@@ -34,12 +34,6 @@ INSTANTS = (
     "2026-01-06T00:00:00+00:00",
 )
 MOMENTS = [f"2026-01-05T{hour:02}:00:00+00:00" for hour in range(12)]  # no two alike
-SCRIPTS = {
-    "swap": "stg.orders_latest",
-    "union": "stg.orders_latest.union",
-    "merge": "stg.orders_latest.merge",
-}
-VERIFY = (ROOT / "sql" / "transforms" / "stg.orders_latest.verify.sql").read_bytes()
 Kind = Literal["swap", "union", "merge", "auto"]
 KINDS: list[Kind] = ["merge", "union", "swap", "auto"]
 TEXTS = [None, "", "a", "NULL", "\\N", " a ", "a,b", 'a"b', "a\nb", "a\r\n", "\n\\.\n", "é"]
@@ -139,8 +133,8 @@ class Hook(NamedTuple):
 class Database:
     """A clone of the template, and two sessions that load into it for as long as it lives."""
 
-    def __init__(self, server: DatabaseServer, template: str, folder: Path) -> None:
-        self.warehouse = Warehouse(server.make(template=template), server)
+    def __init__(self, server: DatabaseServer, folder: Path) -> None:
+        self.warehouse = Warehouse(server.make(template=server.template), server)
         self.sessions = {name: self.warehouse.connect() for name in ("one", "other")}
         self.reader = self.warehouse.connect("de_dw_reader", autocommit=True)
         self.path = folder / "orders.csv"
@@ -164,8 +158,8 @@ class Database:
 class Databases:
     """A new one every now and then: raw can't be emptied, and a refresh costs what all rows so far cost."""
 
-    def __init__(self, server: DatabaseServer, template: str, folder: Path) -> None:
-        self.arguments = server, template, folder
+    def __init__(self, server: DatabaseServer, folder: Path) -> None:
+        self.arguments = server, folder
         self.current = Database(*self.arguments)
         self.uses = 0
 
@@ -186,23 +180,21 @@ def quiet() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def databases(
-    server: DatabaseServer, template: str, tmp_path_factory: pytest.TempPathFactory, quiet: None
-) -> Iterator[Databases]:
-    made = Databases(server, template, tmp_path_factory.mktemp("histories"))
+def databases(server: DatabaseServer, tmp_path_factory: pytest.TempPathFactory, quiet: None) -> Iterator[Databases]:
+    made = Databases(server, tmp_path_factory.mktemp("histories"))
     yield made
     made.current.close()
 
 
 @pytest.fixture(scope="module")
 def database_per_kind(
-    server: DatabaseServer, template: str, tmp_path_factory: pytest.TempPathFactory, quiet: None
+    server: DatabaseServer, tmp_path_factory: pytest.TempPathFactory, quiet: None
 ) -> Iterator[dict[Kind, Databases]]:
     """For the same history in each of them: they count loads and rows alike."""
     with ExitStack() as stack:
         made: dict[Kind, Databases] = {}
         for kind in KINDS:
-            made[kind] = Databases(server, template, tmp_path_factory.mktemp(kind))
+            made[kind] = Databases(server, tmp_path_factory.mktemp(kind))
             stack.callback(lambda databases: databases.current.close(), made[kind])
         yield made
 
