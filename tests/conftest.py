@@ -169,6 +169,29 @@ def wait_until(condition: Callable[[], bool], seconds: float = 30) -> None:
         time.sleep(0.01)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes long comes first, so that the processes of pytest -n end at about the same time."""
+    slow = ["local", "dags", "alembic"]
+    items.sort(key=lambda item: [*slow, item.path.parent.name].index(item.path.parent.name))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With pytest -n the tests of one file on one server follow each other in one process, for they share fixtures."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    def file_and_server(nodeid: str) -> str:
+        file, _, test = nodeid.partition("::")
+        # those of make demo share a clone with an installation in it
+        server = "" if "/local/" in file else next((name for name in servers() if name in test), "")
+        return f"{file} {server}"
+
+    config.option.loadscopereorder = False  # by number of tests
+    scheduler = LoadScopeScheduling(config, log)
+    scheduler._split_scope = file_and_server
+    return scheduler
+
+
 def servers() -> list[str]:
     if os.environ.get("WAREHOUSE_URL"):
         return ["WAREHOUSE_URL"]
