@@ -43,6 +43,8 @@ FAST |= {"max_wal_size": "256MB"}  # of the memory that the servers are in
 MEMORY = Path("/dev/shm")  # noqa: S108
 MEMORY_BYTES = 4 * 1024**3
 NUMBERS = itertools.count(1)
+# How many files and deliveries Hypothesis makes up for a property of the whole: enough for faults that are not rare.
+HISTORIES = int(os.environ.get("HISTORIES", "80"))
 # The three ways to refresh.
 SWAP, UNION, MERGE = "stg.orders_latest", "stg.orders_latest.union", "stg.orders_latest.merge"
 SCRIPTS = {"swap": SWAP, "union": UNION, "merge": MERGE}

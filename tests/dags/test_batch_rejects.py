@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from psycopg import sql
 
-from tests.conftest import DatabaseServer, Warehouse
+from tests.conftest import HISTORIES, DatabaseServer, Warehouse
 from tests.dags.test_batch_load import HEADER, STATES, row
 
 COLUMNS = HEADER.strip().split(",")
@@ -595,7 +595,7 @@ def odd(server: DatabaseServer) -> Any:
     server.drop(url)
 
 
-@settings(max_examples=400, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=HISTORIES, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow])
 @given(file=FILE, newline=st.sampled_from(["\n", "\r\n"]))
 def test_a_record_is_good_exactly_when_copy_alone_would_take_it(
     odd: Warehouse, tmp_path_factory: pytest.TempPathFactory, file: Any, newline: str

@@ -2,7 +2,9 @@
 
 A history is made up by Hypothesis: files, and the steps in which they are delivered, again, under other names, by two
 sessions that overlap, and refreshed in between, in any of the three ways or as the DAG chooses. All else is real:
-files, loader, transforms, roles, servers.
+files, loader, transforms, roles, servers. After a change of any of them, some more:
+
+    HISTORIES=1000 .venv/bin/python -m pytest tests/dags/test_histories.py
 """
 
 import itertools
@@ -22,7 +24,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from stg_refresh import cheapest_refresh
 
-from tests.conftest import SCRIPTS, VERIFY, DatabaseServer, Warehouse
+from tests.conftest import HISTORIES, SCRIPTS, VERIFY, DatabaseServer, Warehouse
 
 ORDERS = 3
 FILES = 4
@@ -393,7 +395,7 @@ def as_field(value: str | int | None) -> str:
 FILE_LIST = st.lists(FILE, min_size=FILES, max_size=FILES)
 
 
-@settings(max_examples=300, deadline=None, database=None)
+@settings(max_examples=HISTORIES, deadline=None, database=None)
 @given(files=FILE_LIST, steps=STEPS, last=st.sampled_from(KINDS))
 def test_newest_version_that_arrived_last_is_published_after_any_history(
     databases: Databases, files: list[File], steps: list[Deliver | Refresh], last: Kind
@@ -411,7 +413,7 @@ def test_newest_version_that_arrived_last_is_published_after_any_history(
     assert history.database.published() == before
 
 
-@settings(max_examples=35, deadline=None, database=None)
+@settings(max_examples=HISTORIES // 8, deadline=None, database=None)
 @given(files=FILE_LIST, steps=steps(["auto"]))
 def test_a_history_ends_the_same_whether_swapped_united_or_merged_throughout(
     database_per_kind: dict[Kind, Databases], files: list[File], steps: list[Deliver | Refresh]
@@ -469,7 +471,7 @@ def test_load_that_commits_after_later_ones_were_applied_is_not_left_out(
     history.check_versions()
 
 
-@settings(max_examples=125, deadline=None, database=None)
+@settings(max_examples=HISTORIES // 2, deadline=None, database=None)
 @given(
     versions=st.lists(
         st.tuples(FILE_NUMBER, rows(st.sampled_from(MOMENTS))),
