@@ -41,7 +41,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FAST = {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off", "max_connections": "100"}
 FAST |= {"max_wal_size": "256MB"}  # of the memory that the servers are in
 MEMORY = Path("/dev/shm")  # noqa: S108
-MEMORY_BYTES = 4 * 1024**3
+MEMORY_BYTES = 2 * 1024**3
 NUMBERS = itertools.count(1)
 # How many files and deliveries Hypothesis makes up for a property of the whole: enough for faults that are not rare.
 HISTORIES = int(os.environ.get("HISTORIES", "80"))

@@ -638,24 +638,23 @@ class SmallDisk(NamedTuple):
 
 
 @pytest.fixture
-def small_disk(warehouse: Warehouse, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[SmallDisk]:
+def small_disk(warehouse: Warehouse, request: pytest.FixtureRequest) -> Iterator[SmallDisk]:
     if os.geteuid() != 0:
         pytest.skip("only root may mount a small file system")
     ((data,),) = warehouse.rows("SHOW data_directory", "")
     if not Path(data).exists():
         pytest.skip("the server is on another machine")
-    owner, path = Path(data).stat(), tmp_path / "small disk"
-    path.mkdir()
-    options = f"size={PLENTY}k,mode=0700,uid={owner.st_uid},gid={owner.st_gid}"
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(path)], capture_output=True, text=True
-    )
-    if mounted.returncode != 0:
-        pytest.skip(f"mount is not permitted: {mounted.stderr.strip()}")
+    owner = Path(data).stat()
     tablespace = sql.Identifier(f"small_{os.getpid()}")
     move = sql.SQL("ALTER TABLE {} SET TABLESPACE {}")
     table = sql.Identifier(*getattr(request, "param", "raw.orders").split("."))
-    with ExitStack() as stack:
+    with folder_for_a_server() as path, ExitStack() as stack:
+        options = f"size={PLENTY}k,mode=0700,uid={owner.st_uid},gid={owner.st_gid}"
+        mounted = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(path)], capture_output=True, text=True
+        )
+        if mounted.returncode != 0:
+            pytest.skip(f"mount is not permitted: {mounted.stderr.strip()}")
         # Lazily: a server that a failed test has left with a file open there must not keep it for ever.
         stack.callback(subprocess.run, ["umount", "--lazy", str(path)], check=True)
         conn = stack.enter_context(closing(warehouse.connect("", autocommit=True)))
