@@ -22,7 +22,8 @@ down: ## stop what make up or make demo runs elsewhere
 	@[ ! -e .venv/local.ok ] || .venv/bin/python -m local down
 
 test: .venv/dev.ok ## all tests, on PostgreSQL 15 if it is installed and on the embedded one
-	@.venv/bin/python -m pytest
+	@# A server that WAREHOUSE_URL names is one for all: there the tests run one after the other.
+	@.venv/bin/python -m pytest -n $(if $(WAREHOUSE_URL),0,2)
 
 compose-test: .venv/dev.ok ## compose.yaml for real: the counts, kills, each line of its security, three workers
 	@tests/compose/run.sh

@@ -16,16 +16,20 @@ it is installed) and on the embedded one. Set WAREHOUSE_URL to a superuser's URL
 import itertools
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
+import psutil
 import psycopg
 import pytest
 from psycopg import sql
@@ -37,7 +41,29 @@ from local.postgres import DEBIAN_15, Server, embedded_binaries
 ROOT = Path(__file__).resolve().parents[1]
 # Nothing here outlives the run, so nothing needs to be on disk.
 FAST = {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off", "max_connections": "100"}
+FAST |= {"max_wal_size": "256MB"}  # of the memory that the servers are in
+MEMORY = Path("/dev/shm")  # noqa: S108
+MEMORY_BYTES = 2 * 1024**3
 NUMBERS = itertools.count(1)
+# How many files and deliveries Hypothesis makes up for a property of the whole: enough for faults that are not rare.
+HISTORIES = int(os.environ.get("HISTORIES", "80"))
+# The three ways to refresh.
+SWAP, UNION, MERGE = "stg.orders_latest", "stg.orders_latest.union", "stg.orders_latest.merge"
+SCRIPTS = {"swap": SWAP, "union": UNION, "merge": MERGE}
+by_every_refresh = pytest.mark.parametrize("refresh", [SWAP, UNION, MERGE])
+by_every_swap = pytest.mark.parametrize("refresh", [SWAP, UNION])
+
+
+def script_of(transform: str) -> str:
+    """What is in sql/transforms/<transform>.sql."""
+    return (ROOT / "sql" / "transforms" / f"{transform}.sql").read_text()
+
+
+def before_commit(transform: str) -> str:
+    return script_of(transform).partition("\nCOMMIT;")[0]
+
+
+VERIFY = script_of("stg.orders_latest.verify")
 
 
 @dataclass(frozen=True)
@@ -51,9 +77,19 @@ class DatabaseServer:
         """A new database: its conninfo, as the superuser or as its owner."""
         name = f"test_{os.getpid()}_{next(NUMBERS)}"
         with psycopg.connect(self.admin, autocommit=True) as conn:
-            query = sql.SQL("CREATE DATABASE {} TEMPLATE {}").format(sql.Identifier(name), sql.Identifier(template))
+            # FILE_COPY: a third of the time of the default, which writes all pages to the WAL
+            query = sql.SQL("CREATE DATABASE {} TEMPLATE {} STRATEGY file_copy").format(
+                sql.Identifier(name), sql.Identifier(template)
+            )
             conn.execute(query + sql.SQL(" OWNER {}").format(sql.Identifier(owner)) if owner else query)
         return make_conninfo(self.admin, dbname=name, **({"user": owner} if owner else {}))
+
+    @cached_property
+    def template(self) -> str:
+        """The name of a database with all migrations, to clone."""
+        url = self.make()
+        alembic(url, "upgrade", "head")
+        return str(psycopg.conninfo.conninfo_to_dict(url)["dbname"])
 
     def drop(self, conninfo: str) -> None:
         name = psycopg.conninfo.conninfo_to_dict(conninfo)["dbname"]
@@ -63,7 +99,7 @@ class DatabaseServer:
 
 @dataclass(frozen=True)
 class Warehouse:
-    """A migrated database, and the words to write a test with: given, run, rows."""
+    """A migrated database, and the words to write a test with: given, run, rows, alter, verification."""
 
     url: str
     server: DatabaseServer
@@ -98,12 +134,22 @@ class Warehouse:
             if notices is not None:
                 conn.add_notice_handler(lambda diag: notices.append(diag.message_primary or ""))
             conn.execute(settings)
-            return int(rows_written(conn.execute((ROOT / "sql" / "transforms" / f"{transform}.sql").read_bytes())))
+            return int(rows_written(conn.execute(script_of(transform).encode())))
 
     def rows(self, query: str, role: str = "de_dw_reader") -> list[tuple[Any, ...]]:
         """The result of a query, by default with an analyst's rights."""
         with self.connect(role) as conn:
             return conn.execute(query.encode()).fetchall()
+
+    def alter(self, statements: str, role: str = "") -> None:
+        """Do what a test is about, by default with the owner's rights."""
+        with self.connect(role) as conn:
+            conn.execute(statements.encode())
+
+    def verification(self) -> tuple[int, ...]:
+        """Rows of stg that are missing, extra and different, and how many were compared."""
+        (found,) = self.rows(VERIFY, "de_dw_pipeline")
+        return found
 
 
 def alembic(url: str, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
@@ -127,34 +173,73 @@ def wait_until(condition: Callable[[], bool], seconds: float = 30) -> None:
         time.sleep(0.01)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes long comes first, so that the processes of pytest -n end at about the same time."""
+    slow = ["local", "dags", "alembic"]
+    items.sort(key=lambda item: [*slow, item.path.parent.name].index(item.path.parent.name))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With pytest -n the tests of one file on one server follow each other in one process, for they share fixtures."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    def file_and_server(nodeid: str) -> str:
+        file, _, test = nodeid.partition("::")
+        # those of make demo share a clone with an installation in it
+        server = "" if "/local/" in file else next((name for name in servers() if name in test), "")
+        return f"{file} {server}"
+
+    config.option.loadscopereorder = False  # by number of tests
+    scheduler = LoadScopeScheduling(config, log)
+    scheduler._split_scope = file_and_server
+    return scheduler
+
+
 def servers() -> list[str]:
     if os.environ.get("WAREHOUSE_URL"):
         return ["WAREHOUSE_URL"]
     return [*(["postgres15"] if DEBIAN_15.exists() else []), "embedded"]
 
 
-@pytest.fixture(scope="session", params=servers())
-def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[DatabaseServer]:
-    if request.param == "WAREHOUSE_URL":
-        yield DatabaseServer(os.environ["WAREHOUSE_URL"], embedded_binaries())
-        return
-    binaries = DEBIAN_15 if request.param == "postgres15" else embedded_binaries()
-    with Server(tmp_path_factory.mktemp(request.param), binaries, FAST) as running:
-        yield DatabaseServer(running.url("postgres"), binaries)
+@contextmanager
+def folder_for_a_server() -> Iterator[Path]:
+    """In memory, if there is plenty: on a slow disk it takes not 10 but 300 ms to clone a database."""
+    for left in MEMORY.glob("de_dw-test-*"):  # by a run that was killed
+        if not psutil.pid_exists(int(left.name.split("-")[2])):
+            shutil.rmtree(left, ignore_errors=True)
+    has_plenty = os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free > MEMORY_BYTES
+    parent = MEMORY if has_plenty else None
+    with tempfile.TemporaryDirectory(prefix=f"de_dw-test-{os.getpid()}-", dir=parent) as folder:
+        yield Path(folder)
 
 
 @pytest.fixture(scope="session")
-def template(server: DatabaseServer) -> Iterator[str]:
-    """The name of a database with all migrations, to clone."""
-    url = server.make()
-    alembic(url, "upgrade", "head")
-    yield str(psycopg.conninfo.conninfo_to_dict(url)["dbname"])
-    server.drop(url)
+def start() -> Iterator[Callable[[str], DatabaseServer]]:
+    """Start a server, the first time that it is asked for. It is used until the end, whatever else is used between."""
+    with ExitStack() as stack:
+
+        @cache
+        def start_(name: str) -> DatabaseServer:
+            if name == "WAREHOUSE_URL":
+                running = DatabaseServer(os.environ[name], embedded_binaries())
+                stack.callback(lambda: running.drop(make_conninfo(running.admin, dbname=running.template)))
+                return running
+            binaries = DEBIAN_15 if name == "postgres15" else embedded_binaries()
+            server = stack.enter_context(Server(stack.enter_context(folder_for_a_server()), binaries, FAST))
+            return DatabaseServer(server.url("postgres"), binaries)
+
+        yield start_
+
+
+@pytest.fixture(scope="session", params=servers())
+def server(request: pytest.FixtureRequest, start: Callable[[str], DatabaseServer]) -> DatabaseServer:
+    return start(request.param)
 
 
 @pytest.fixture
-def warehouse(server: DatabaseServer, template: str) -> Iterator[Warehouse]:
-    url = server.make(template=template)
+def warehouse(server: DatabaseServer) -> Iterator[Warehouse]:
+    url = server.make(template=server.template)
     yield Warehouse(url, server)
     server.drop(url)
 

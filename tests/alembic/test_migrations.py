@@ -12,7 +12,6 @@ import pytest
 
 from tests.conftest import ROOT, DatabaseServer, Warehouse, alembic
 
-VERIFY = (ROOT / "sql" / "transforms" / "stg.orders_latest.verify.sql").read_text()
 # What the transform was up to 0006, in short.
 OLD_SWAP = """
     TRUNCATE stg.orders_latest_spare;
@@ -30,11 +29,6 @@ def dump(server: DatabaseServer, url: str) -> list[str]:
         [server.binaries / "pg_dump", "--schema-only", f"--dbname={url}"], capture_output=True, text=True, check=True
     )
     return [line for line in done.stdout.splitlines() if not line.startswith(("--", "\\restrict", "\\unrestrict"))]
-
-
-def run(warehouse: Warehouse, statements: str, role: str = "de_dw_pipeline") -> None:
-    with warehouse.connect(role) as conn:
-        conn.execute(statements.encode())
 
 
 def psql(server: DatabaseServer, url: str) -> list[str]:
@@ -69,20 +63,20 @@ def test_downgrade_after_swaps_gives_the_spare_its_indexes_back(server: Database
     index = "CREATE INDEX by_status ON stg.orders_latest (status); CREATE INDEX ON stg.orders_latest (lower(product))"
     alembic(database, "upgrade", "0006")
     warehouse = Warehouse(database, server)
-    run(warehouse, index, "")
+    warehouse.alter(index)
     for _ in range(3):
-        run(warehouse, OLD_SWAP)
+        warehouse.alter(OLD_SWAP, "de_dw_pipeline")
     schema = dump(server, database)
     other = Warehouse(server.make(), server)
     alembic(other.url, "upgrade", "head")
     for refresh in ("", ".union", "", ".merge"):
         other.run(f"stg.orders_latest{refresh}")
-    run(other, index, "")
+    other.alter(index)
 
     alembic(other.url, "downgrade", "0006")
 
     assert sorted(dump(server, other.url)) == sorted(schema)
-    run(other, OLD_SWAP)
+    other.alter(OLD_SWAP, "de_dw_pipeline")
     server.drop(other.url)
 
 
@@ -96,7 +90,7 @@ def test_upgrade_of_a_warehouse_with_rows_goes_on_where_it_was(
         orders = "\n".join(f"{number} | 2026-01-0{day}" for number in range(1, 101))
         warehouse.given("raw.orders", f"order_id | updated_at\n{orders}")
     for _ in range(2):
-        run(warehouse, OLD_SWAP)
+        warehouse.alter(OLD_SWAP, "de_dw_pipeline")
     published = warehouse.rows("SELECT * FROM stg.orders_latest ORDER BY order_id")
 
     alembic(database, "upgrade", "head")
@@ -110,7 +104,7 @@ def test_upgrade_of_a_warehouse_with_rows_goes_on_where_it_was(
     warehouse.run(f"stg.orders_latest{refresh}")
     changed = "SELECT order_id, updated_at::date::text FROM stg.orders_latest WHERE load_id = 4 ORDER BY order_id"
     assert warehouse.rows(changed) == [(2, "2026-01-04"), (101, "2026-01-01")]
-    assert warehouse.rows(VERIFY, "de_dw_pipeline") == [(0, 0, 0, 101)]
+    assert warehouse.verification() == (0, 0, 0, 101)
     assert warehouse.rows("SELECT load_id FROM stg.applied_loads ORDER BY load_id") == [(1,), (2,), (3,), (4,)]
 
 
@@ -119,12 +113,12 @@ def test_what_was_applied_is_forgotten_by_a_downgrade_and_applied_again(warehous
     warehouse.run("stg.orders_latest.merge")
 
     alembic(warehouse.url, "downgrade", "0006")
-    run(warehouse, OLD_SWAP)
+    warehouse.alter(OLD_SWAP, "de_dw_pipeline")
     alembic(warehouse.url, "upgrade", "head")
 
     assert warehouse.rows("SELECT load_id FROM stg.pending_loads") == [(1,)]
     warehouse.run("stg.orders_latest.merge")
-    assert warehouse.rows(VERIFY, "de_dw_pipeline") == [(0, 0, 0, 1)]
+    assert warehouse.verification() == (0, 0, 0, 1)
 
 
 @pytest.mark.parametrize("refresh", ["", ".union"])

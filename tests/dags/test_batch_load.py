@@ -236,7 +236,7 @@ def test_bad_row_fails_the_batch_with_its_line_column_and_value(
         ((HEADER + row())[:-1].encode(), "the last line has no line end"),
         ((HEADER + row())[:-20].encode(), "the last line has no line end"),
         (gzip.compress(gzip.compress(HEADER.encode())), "not a CSV file but gzip within gzip"),
-        (gzip.compress(b""), "the file is empty"),
+        (gzip.compress(b"", mtime=0), "the file is empty"),  # without the time: the bytes are part of the test's name
         (gzip.compress((HEADER + row()).encode())[:-20], "the gzip file is damaged or cut off"),
         (gzip.compress((HEADER + row()).encode())[:-8] + bytes(8), "the gzip file is damaged or cut off"),
         (gzip.compress((HEADER + row())[:-1].encode()), "the last line has no line end"),

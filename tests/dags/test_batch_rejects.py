@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from psycopg import sql
 
-from tests.conftest import DatabaseServer, Warehouse
+from tests.conftest import HISTORIES, DatabaseServer, Warehouse
 from tests.dags.test_batch_load import HEADER, STATES, row
 
 COLUMNS = HEADER.strip().split(",")
@@ -587,15 +587,15 @@ FILE = st.lists(st.tuples(RECORD, st.lists(st.sampled_from([1, 1, 2]), min_size=
 
 
 @pytest.fixture(scope="module")
-def odd(server: DatabaseServer, template: str) -> Any:
-    url = server.make(template=template)
+def odd(server: DatabaseServer) -> Any:
+    url = server.make(template=server.template)
     with psycopg.connect(url) as conn:
         conn.execute(ODD.encode())
     yield Warehouse(url, server)
     server.drop(url)
 
 
-@settings(max_examples=400, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=HISTORIES, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow])
 @given(file=FILE, newline=st.sampled_from(["\n", "\r\n"]))
 def test_a_record_is_good_exactly_when_copy_alone_would_take_it(
     odd: Warehouse, tmp_path_factory: pytest.TempPathFactory, file: Any, newline: str

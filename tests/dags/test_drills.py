@@ -34,7 +34,18 @@ from psycopg import errors, sql
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from local.postgres import Server
-from tests.conftest import FAST, ROOT, DatabaseServer, Warehouse, alembic, wait_until
+from tests.conftest import (
+    FAST,
+    ROOT,
+    SCRIPTS,
+    VERIFY,
+    DatabaseServer,
+    Warehouse,
+    before_commit,
+    folder_for_a_server,
+    script_of,
+    wait_until,
+)
 
 pytestmark = pytest.mark.drill
 
@@ -57,13 +68,6 @@ BAD_RECORDS = [
     '1,Ann,,24" wide,1,1.00,EUR,paid,,2025-01-01',
 ]
 WOODS = ["oak", "Eiche geölt", "オーク", "on two\nlines"]
-TRANSFORMS = ROOT / "sql" / "transforms"
-SCRIPTS = {
-    "swap": "stg.orders_latest",
-    "union": "stg.orders_latest.union",
-    "merge": "stg.orders_latest.merge",
-}
-VERIFY = (TRANSFORMS / "stg.orders_latest.verify.sql").read_text()
 
 # For each line of its input a loader in a process of its own, forked: to import what it needs takes longer than a load.
 # It says its pid when it has come to a point for the nth time, and waits there for another line.
@@ -401,14 +405,6 @@ def a_block(chance: random.Random, batch: Batch) -> int:
     return chance.randint(1, -(-batch.size // BLOCK_BYTES))
 
 
-def script(kind: str) -> str:
-    return (TRANSFORMS / f"{SCRIPTS[kind]}.sql").read_text()
-
-
-def before_commit(kind: str) -> str:
-    return script(kind).partition("\nCOMMIT;")[0]
-
-
 # An index that makes whoever writes to it wait, halfway through the table, while a drill holds a lock: a merge amid its
 # INSERT, a swap while it makes the spare's index. It has row_id so that no update of a row can do without it.
 PAUSE = f"""
@@ -458,7 +454,7 @@ def refresh_that_fails(warehouse: Warehouse, moment: str) -> Iterator[int]:
         return warehouse.rows(PAUSED, "") == [(conn.info.backend_pid,)]
 
     def refresh() -> None:
-        conn.execute(before_commit(kind).encode())
+        conn.execute(before_commit(SCRIPTS[kind]).encode())
         is_done.set()
         is_over.wait(SECONDS)
         conn.execute("COMMIT")
@@ -534,14 +530,11 @@ class OwnServer(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def own_server(server: DatabaseServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[OwnServer]:
+def own_server(server: DatabaseServer) -> Iterator[OwnServer]:
     # What was committed has been given to the operating system, so that it outlives the server.
     settings = FAST | {"synchronous_commit": "on"}
-    with Server(tmp_path_factory.mktemp("own"), server.binaries, settings) as running:
-        databases = DatabaseServer(running.url("postgres"), server.binaries)
-        url = databases.make()
-        alembic(url, "upgrade", "head")
-        yield OwnServer(running, str(conninfo_to_dict(url)["dbname"]))
+    with folder_for_a_server() as folder, Server(folder, server.binaries, settings) as running:
+        yield OwnServer(running, DatabaseServer(running.url("postgres"), server.binaries).template)
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
@@ -605,12 +598,12 @@ def test_refresh_whose_client_is_killed_has_published_all_or_nothing(books: Book
             books.load_and_count(books.deliver())
             with ExitStack() as stack:
                 with pause(warehouse):
-                    how = ["-f", "-"] if sent == "statement by statement" else ["-c", script(kind)]
+                    how = ["-f", "-"] if sent == "statement by statement" else ["-c", script_of(SCRIPTS[kind])]
                     client = stack.enter_context(
                         subprocess.Popen([*psql, *how], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
                     )
                     assert client.stdin is not None
-                    client.stdin.write(script(kind))
+                    client.stdin.write(script_of(SCRIPTS[kind]))
                     client.stdin.close()
                     wait_until(lambda: len(warehouse.rows(PAUSED, "")) == 1)
                     ((pid,),) = warehouse.rows(PAUSED, "")
@@ -645,24 +638,23 @@ class SmallDisk(NamedTuple):
 
 
 @pytest.fixture
-def small_disk(warehouse: Warehouse, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[SmallDisk]:
+def small_disk(warehouse: Warehouse, request: pytest.FixtureRequest) -> Iterator[SmallDisk]:
     if os.geteuid() != 0:
         pytest.skip("only root may mount a small file system")
     ((data,),) = warehouse.rows("SHOW data_directory", "")
     if not Path(data).exists():
         pytest.skip("the server is on another machine")
-    owner, path = Path(data).stat(), tmp_path / "small disk"
-    path.mkdir()
-    options = f"size={PLENTY}k,mode=0700,uid={owner.st_uid},gid={owner.st_gid}"
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(path)], capture_output=True, text=True
-    )
-    if mounted.returncode != 0:
-        pytest.skip(f"mount is not permitted: {mounted.stderr.strip()}")
+    owner = Path(data).stat()
     tablespace = sql.Identifier(f"small_{os.getpid()}")
     move = sql.SQL("ALTER TABLE {} SET TABLESPACE {}")
     table = sql.Identifier(*getattr(request, "param", "raw.orders").split("."))
-    with ExitStack() as stack:
+    with folder_for_a_server() as path, ExitStack() as stack:
+        options = f"size={PLENTY}k,mode=0700,uid={owner.st_uid},gid={owner.st_gid}"
+        mounted = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(path)], capture_output=True, text=True
+        )
+        if mounted.returncode != 0:
+            pytest.skip(f"mount is not permitted: {mounted.stderr.strip()}")
         # Lazily: a server that a failed test has left with a file open there must not keep it for ever.
         stack.callback(subprocess.run, ["umount", "--lazy", str(path)], check=True)
         conn = stack.enter_context(closing(warehouse.connect("", autocommit=True)))
@@ -819,7 +811,7 @@ def test_refresh_waits_for_one_of_another_kind_and_publishes_what_was_loaded_bet
 
 @pytest.mark.parametrize("kind", SCRIPTS)
 def test_load_that_commits_after_a_refresh_has_begun_is_published_by_it_or_by_the_next(books: Books, kind: str) -> None:
-    begin, insert, rest = before_commit(kind).partition("\n-- One statement")
+    begin, insert, rest = before_commit(SCRIPTS[kind]).partition("\n-- One statement")
     for number in range(1, DRILLS + 1):
         batches = [books.deliver() for _ in range(3)]
         with repetition(number, kind), books.warehouse.connect() as late, books.warehouse.connect() as conn:

@@ -2,7 +2,9 @@
 
 A history is made up by Hypothesis: files, and the steps in which they are delivered, again, under other names, by two
 sessions that overlap, and refreshed in between, in any of the three ways or as the DAG chooses. All else is real:
-files, loader, transforms, roles, servers.
+files, loader, transforms, roles, servers. After a change of any of them, some more:
+
+    HISTORIES=1000 .venv/bin/python -m pytest tests/dags/test_histories.py
 """
 
 import itertools
@@ -22,7 +24,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from stg_refresh import cheapest_refresh
 
-from tests.conftest import ROOT, DatabaseServer, Warehouse
+from tests.conftest import HISTORIES, SCRIPTS, VERIFY, DatabaseServer, Warehouse
 
 ORDERS = 3
 FILES = 4
@@ -34,12 +36,6 @@ INSTANTS = (
     "2026-01-06T00:00:00+00:00",
 )
 MOMENTS = [f"2026-01-05T{hour:02}:00:00+00:00" for hour in range(12)]  # no two alike
-SCRIPTS = {
-    "swap": "stg.orders_latest",
-    "union": "stg.orders_latest.union",
-    "merge": "stg.orders_latest.merge",
-}
-VERIFY = (ROOT / "sql" / "transforms" / "stg.orders_latest.verify.sql").read_bytes()
 Kind = Literal["swap", "union", "merge", "auto"]
 KINDS: list[Kind] = ["merge", "union", "swap", "auto"]
 TEXTS = [None, "", "a", "NULL", "\\N", " a ", "a,b", 'a"b', "a\nb", "a\r\n", "\n\\.\n", "é"]
@@ -139,8 +135,8 @@ class Hook(NamedTuple):
 class Database:
     """A clone of the template, and two sessions that load into it for as long as it lives."""
 
-    def __init__(self, server: DatabaseServer, template: str, folder: Path) -> None:
-        self.warehouse = Warehouse(server.make(template=template), server)
+    def __init__(self, server: DatabaseServer, folder: Path) -> None:
+        self.warehouse = Warehouse(server.make(template=server.template), server)
         self.sessions = {name: self.warehouse.connect() for name in ("one", "other")}
         self.reader = self.warehouse.connect("de_dw_reader", autocommit=True)
         self.path = folder / "orders.csv"
@@ -164,8 +160,8 @@ class Database:
 class Databases:
     """A new one every now and then: raw can't be emptied, and a refresh costs what all rows so far cost."""
 
-    def __init__(self, server: DatabaseServer, template: str, folder: Path) -> None:
-        self.arguments = server, template, folder
+    def __init__(self, server: DatabaseServer, folder: Path) -> None:
+        self.arguments = server, folder
         self.current = Database(*self.arguments)
         self.uses = 0
 
@@ -186,23 +182,21 @@ def quiet() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def databases(
-    server: DatabaseServer, template: str, tmp_path_factory: pytest.TempPathFactory, quiet: None
-) -> Iterator[Databases]:
-    made = Databases(server, template, tmp_path_factory.mktemp("histories"))
+def databases(server: DatabaseServer, tmp_path_factory: pytest.TempPathFactory, quiet: None) -> Iterator[Databases]:
+    made = Databases(server, tmp_path_factory.mktemp("histories"))
     yield made
     made.current.close()
 
 
 @pytest.fixture(scope="module")
 def database_per_kind(
-    server: DatabaseServer, template: str, tmp_path_factory: pytest.TempPathFactory, quiet: None
+    server: DatabaseServer, tmp_path_factory: pytest.TempPathFactory, quiet: None
 ) -> Iterator[dict[Kind, Databases]]:
     """For the same history in each of them: they count loads and rows alike."""
     with ExitStack() as stack:
         made: dict[Kind, Databases] = {}
         for kind in KINDS:
-            made[kind] = Databases(server, template, tmp_path_factory.mktemp(kind))
+            made[kind] = Databases(server, tmp_path_factory.mktemp(kind))
             stack.callback(lambda databases: databases.current.close(), made[kind])
         yield made
 
@@ -401,7 +395,7 @@ def as_field(value: str | int | None) -> str:
 FILE_LIST = st.lists(FILE, min_size=FILES, max_size=FILES)
 
 
-@settings(max_examples=300, deadline=None, database=None)
+@settings(max_examples=HISTORIES, deadline=None, database=None)
 @given(files=FILE_LIST, steps=STEPS, last=st.sampled_from(KINDS))
 def test_newest_version_that_arrived_last_is_published_after_any_history(
     databases: Databases, files: list[File], steps: list[Deliver | Refresh], last: Kind
@@ -419,7 +413,7 @@ def test_newest_version_that_arrived_last_is_published_after_any_history(
     assert history.database.published() == before
 
 
-@settings(max_examples=35, deadline=None, database=None)
+@settings(max_examples=HISTORIES // 8, deadline=None, database=None)
 @given(files=FILE_LIST, steps=steps(["auto"]))
 def test_a_history_ends_the_same_whether_swapped_united_or_merged_throughout(
     database_per_kind: dict[Kind, Databases], files: list[File], steps: list[Deliver | Refresh]
@@ -477,7 +471,7 @@ def test_load_that_commits_after_later_ones_were_applied_is_not_left_out(
     history.check_versions()
 
 
-@settings(max_examples=125, deadline=None, database=None)
+@settings(max_examples=HISTORIES // 2, deadline=None, database=None)
 @given(
     versions=st.lists(
         st.tuples(FILE_NUMBER, rows(st.sampled_from(MOMENTS))),

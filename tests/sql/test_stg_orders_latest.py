@@ -7,11 +7,8 @@ import psycopg
 import pytest
 from psycopg import errors
 
-from tests.conftest import ROOT, Warehouse, wait_until
+from tests.conftest import MERGE, SWAP, UNION, Warehouse, before_commit, by_every_refresh, by_every_swap, wait_until
 
-SWAP, UNION, MERGE = "stg.orders_latest", "stg.orders_latest.union", "stg.orders_latest.merge"
-by_every_refresh = pytest.mark.parametrize("refresh", [SWAP, UNION, MERGE])
-by_every_swap = pytest.mark.parametrize("refresh", [SWAP, UNION])
 SHAPE = """
 SELECT 'column', a.attnum::text, a.attname, format_type(a.atttypid, a.atttypmod) || a.attnotnull,
     col_description(a.attrelid, a.attnum)
@@ -402,12 +399,6 @@ def shapes(warehouse: Warehouse) -> tuple[list[tuple[str, ...]], list[tuple[str,
             for suffix in ("_live", "_spare")
         )
     return live, spare
-
-
-def before_commit(transform: str) -> bytes:
-    """A transform up to its COMMIT."""
-    script = (ROOT / "sql" / "transforms" / f"{transform}.sql").read_bytes()
-    return script[: script.index(b"COMMIT;")]
 
 
 def in_threads(work: Callable[[list[int]], None], times: int) -> tuple[list[list[int]], Callable[[], None]]:

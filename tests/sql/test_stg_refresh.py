@@ -7,11 +7,8 @@ import psycopg
 import pytest
 from psycopg import errors
 
-from tests.conftest import ROOT, Warehouse, wait_until
+from tests.conftest import MERGE, SWAP, UNION, Warehouse, before_commit, by_every_refresh, script_of, wait_until
 
-SWAP, UNION, MERGE = "stg.orders_latest", "stg.orders_latest.union", "stg.orders_latest.merge"
-by_every_refresh = pytest.mark.parametrize("refresh", [SWAP, UNION, MERGE])
-VERIFY = (ROOT / "sql" / "transforms" / "stg.orders_latest.verify.sql").read_text()
 APPLIED = "SELECT table_name, load_id FROM stg.applied_loads ORDER BY load_id"
 ANALYZE = "SELECT stg.analyze_if_stale('orders_latest')"
 FUNCTIONS = [
@@ -58,7 +55,7 @@ def test_merge_writes_what_is_pending_and_a_second_one_nothing(warehouse: Wareho
 def test_merge_and_union_do_not_look_at_applied_loads(warehouse: Warehouse) -> None:
     warehouse.given("raw.orders", "order_id | status | updated_at\n1 | paid | 2026-01-02")
     warehouse.run(SWAP)
-    alter(warehouse, "UPDATE stg.orders_latest_live SET status = 'tampered'")
+    warehouse.alter("UPDATE stg.orders_latest_live SET status = 'tampered'")
 
     for refresh, status in ((MERGE, "tampered"), (UNION, "tampered"), (SWAP, "paid")):
         warehouse.run(refresh)
@@ -80,8 +77,7 @@ def test_load_without_rows_is_applied_like_any_other(warehouse: Warehouse, refre
 
 
 def test_loads_of_another_table_are_not_pending(warehouse: Warehouse) -> None:
-    alter(
-        warehouse,
+    warehouse.alter(
         """
         INSERT INTO raw.loads (table_name, batch_id, source, sha256, bytes, rows)
         VALUES ('raw.invoices', 'a', 'test', repeat('a', 64), 0, 5)
@@ -95,7 +91,7 @@ def test_loads_of_another_table_are_not_pending(warehouse: Warehouse) -> None:
 
 def test_each_table_made_from_raw_has_its_own_applied_loads(warehouse: Warehouse) -> None:
     warehouse.given("raw.orders", "order_id | updated_at\n1 | 2026-01-02")
-    alter(warehouse, "INSERT INTO stg.table_versions (table_name, source_table) VALUES ('orders_daily', 'raw.orders')")
+    warehouse.alter("INSERT INTO stg.table_versions (table_name, source_table) VALUES ('orders_daily', 'raw.orders')")
 
     warehouse.run(SWAP)
 
@@ -119,7 +115,7 @@ def test_refresh_sees_what_was_loaded_while_it_waited_whatever_the_default_isola
     warehouse: Warehouse, refresh: str, isolation: str
 ) -> None:
     warehouse.given("raw.orders", "order_id | updated_at\n1 | 2026-01-01")
-    script = (ROOT / "sql" / "transforms" / f"{refresh}.sql").read_text()
+    script = script_of(refresh)
     first, rest = re.split(r"(?<=AS loads_to_apply;)", script)
     with warehouse.connect(autocommit=True) as conn:
         conn.execute(f"SET default_transaction_isolation = '{isolation}'".encode())
@@ -131,10 +127,10 @@ def test_refresh_sees_what_was_loaded_while_it_waited_whatever_the_default_isola
     orders = warehouse.rows("SELECT order_id FROM stg.orders_latest ORDER BY order_id")
     assert orders == ([(1,), (2,)] if refresh == SWAP else [(1,)])
     assert warehouse.rows(APPLIED) == [("orders_latest", order_id) for (order_id,) in orders]
-    assert verification(warehouse) == (0, 0, 0, len(orders))
+    assert warehouse.verification() == (0, 0, 0, len(orders))
     warehouse.run(refresh, settings=f"SET default_transaction_isolation = '{isolation}'")
     assert warehouse.rows(APPLIED) == [("orders_latest", 1), ("orders_latest", 2)]
-    assert verification(warehouse) == (0, 0, 0, 2)
+    assert warehouse.verification() == (0, 0, 0, 2)
 
 
 @pytest.mark.parametrize("isolation", ["REPEATABLE READ", "SERIALIZABLE"])
@@ -154,7 +150,7 @@ def test_refresh_under_an_older_snapshot_is_refused(warehouse: Warehouse, isolat
     ],
 )
 def test_table_whose_source_is_unknown_is_refused(warehouse: Warehouse, given: str) -> None:
-    alter(warehouse, given)
+    warehouse.alter(given)
 
     with (
         warehouse.connect() as conn,
@@ -229,11 +225,11 @@ def test_table_that_somebody_emptied_is_filled_again(warehouse: Warehouse, refre
         warehouse.given("raw.orders", f"order_id | updated_at\n1 | 2026-01-0{day}\n{day} | 2026-01-0{day}")
         warehouse.run(SWAP)
     warehouse.given("raw.orders", "order_id | updated_at\n3 | 2026-01-03")
-    alter(warehouse, "TRUNCATE stg.orders_latest_live")
+    warehouse.alter("TRUNCATE stg.orders_latest_live")
 
     assert warehouse.run(refresh) == 3
 
-    assert verification(warehouse) == (0, 0, 0, 3)
+    assert warehouse.verification() == (0, 0, 0, 3)
     assert warehouse.rows(APPLIED) == [("orders_latest", load_id) for load_id in (1, 2, 3)]
 
 
@@ -244,15 +240,15 @@ def test_table_that_somebody_emptied_is_filled_again(warehouse: Warehouse, refre
 def test_verification_finds_nothing_after_a_refresh_and_leaves_pending_loads_out(
     warehouse: Warehouse, refresh: str
 ) -> None:
-    assert verification(warehouse) == (0, 0, 0, 0)
+    assert warehouse.verification() == (0, 0, 0, 0)
     warehouse.given("raw.orders", "order_id | updated_at\n1 | 2026-01-01\n1 | 2026-01-02\n2 | 2026-01-01")
-    assert verification(warehouse) == (0, 0, 0, 0)
+    assert warehouse.verification() == (0, 0, 0, 0)
     warehouse.run(refresh)
-    assert verification(warehouse) == (0, 0, 0, 2)
+    assert warehouse.verification() == (0, 0, 0, 2)
 
     warehouse.given("raw.orders", "order_id | updated_at\n1 | 2026-01-03\n3 | 2026-01-01")
 
-    assert verification(warehouse) == (0, 0, 0, 2)
+    assert warehouse.verification() == (0, 0, 0, 2)
 
 
 @pytest.mark.parametrize(
@@ -288,44 +284,42 @@ def test_verification_counts_rows_that_are_missing_extra_and_different(
     )
     warehouse.run(SWAP)
 
-    alter(warehouse, tampering)
+    warehouse.alter(tampering)
 
-    assert verification(warehouse) == found
+    assert warehouse.verification() == found
 
 
 def test_swap_mends_what_verification_finds(warehouse: Warehouse) -> None:
     warehouse.given("raw.orders", "order_id | updated_at\n1 | 2026-01-01\n2 | 2026-01-01")
     warehouse.run(SWAP)
-    alter(warehouse, "UPDATE stg.orders_latest_live SET status = 'lost' WHERE order_id = 1")
-    alter(warehouse, "DELETE FROM stg.orders_latest_live WHERE order_id = 2")
-    assert verification(warehouse) == (1, 0, 1, 1)
+    warehouse.alter("UPDATE stg.orders_latest_live SET status = 'lost' WHERE order_id = 1")
+    warehouse.alter("DELETE FROM stg.orders_latest_live WHERE order_id = 2")
+    assert warehouse.verification() == (1, 0, 1, 1)
 
     warehouse.run(SWAP)
 
-    assert verification(warehouse) == (0, 0, 0, 2)
+    assert warehouse.verification() == (0, 0, 0, 2)
 
 
 def test_swap_mends_a_table_with_an_extra_row_when_it_is_told_to(warehouse: Warehouse) -> None:
     warehouse.given("raw.orders", "order_id | updated_at\n1 | 2026-01-01")
     warehouse.run(SWAP)
-    alter(
-        warehouse,
+    warehouse.alter(
         "INSERT INTO stg.orders_latest_live (order_id, updated_at, row_id, load_id) VALUES (9, now(), 9, 1)",
     )
-    assert verification(warehouse) == (0, 1, 0, 1)
+    assert warehouse.verification() == (0, 1, 0, 1)
     with pytest.raises(errors.RaiseException, match="refusing to publish 1 rows in place of the 2 rows"):
         warehouse.run(SWAP)
 
     warehouse.run(SWAP, settings="SET de_dw.allow_fewer_rows = 'yes'")
 
-    assert verification(warehouse) == (0, 0, 0, 1)
+    assert warehouse.verification() == (0, 0, 0, 1)
 
 
 def test_verification_finds_the_older_of_two_versions(warehouse: Warehouse) -> None:
     warehouse.given("raw.orders", "order_id | status | updated_at\n1 | old | 2026-01-01\n1 | new | 2026-01-02")
     warehouse.run(SWAP)
-    alter(
-        warehouse,
+    warehouse.alter(
         """
         UPDATE stg.orders_latest_live AS l
         SET status = r.status, updated_at = r.updated_at, row_id = r.row_id
@@ -333,22 +327,22 @@ def test_verification_finds_the_older_of_two_versions(warehouse: Warehouse) -> N
         """,
     )
 
-    assert verification(warehouse) == (0, 0, 1, 1)
+    assert warehouse.verification() == (0, 0, 1, 1)
 
 
 def test_swap_records_just_the_loads_that_it_read(warehouse: Warehouse) -> None:
     warehouse.given("raw.orders", "order_id | updated_at\n1 | 2026-01-01\n2 | 2026-01-01")
-    first, rest = re.split(r"(?<=AS loads_to_apply;)", (ROOT / "sql" / "transforms" / f"{SWAP}.sql").read_text())
+    first, rest = re.split(r"(?<=AS loads_to_apply;)", script_of(SWAP))
     with warehouse.connect(autocommit=True) as conn:
         conn.execute(first.encode())
         warehouse.given("raw.orders", "order_id | updated_at\n1 | 2026-01-02\n3 | 2026-01-02")
         conn.execute(rest.encode())
     assert warehouse.rows("SELECT load_id FROM stg.pending_loads") == []
-    assert verification(warehouse) == (0, 0, 0, 3)
+    assert warehouse.verification() == (0, 0, 0, 3)
 
-    alter(warehouse, "DELETE FROM stg.orders_latest_live WHERE order_id = 3")
+    warehouse.alter("DELETE FROM stg.orders_latest_live WHERE order_id = 3")
 
-    assert verification(warehouse) == (1, 0, 0, 2)
+    assert warehouse.verification() == (1, 0, 0, 2)
 
 
 # What a merge reads, and the statistics
@@ -383,8 +377,8 @@ def fifty_loads(warehouse: Warehouse) -> Warehouse:
 
 
 def test_merge_reads_the_pages_of_the_pending_loads_only(fifty_loads: Warehouse) -> None:
-    alter(fifty_loads, "ANALYZE raw.orders")  # as autovacuum does within a minute of a load that makes a difference
-    script = (ROOT / "sql" / "transforms" / f"{MERGE}.sql").read_text()
+    fifty_loads.alter("ANALYZE raw.orders")  # as autovacuum does within a minute of a load that makes a difference
+    script = script_of(MERGE)
     (select,) = re.findall(r"^SELECT DISTINCT ON.*?(?=^ON CONFLICT)", script, re.MULTILINE | re.DOTALL)
     (settings,) = re.findall(r"^SET LOCAL work_mem.*?;", script, re.MULTILINE)
 
@@ -407,7 +401,7 @@ def test_merge_reads_the_pages_of_the_pending_loads_only(fifty_loads: Warehouse)
 def test_new_pages_are_summarized_when_a_refresh_begins(fifty_loads: Warehouse) -> None:
     if not fifty_loads.rows("SELECT 1 FROM pg_available_extensions WHERE name = 'pageinspect'"):
         pytest.skip("no pageinspect on this server")
-    alter(fifty_loads, "CREATE EXTENSION pageinspect")
+    fifty_loads.alter("CREATE EXTENSION pageinspect")
     summaries = """
         SELECT count(*) FROM generate_series(0, pg_relation_size('raw.orders_load_id_brin') / 8192 - 1) AS page,
             get_raw_page('raw.orders_load_id_brin', page::integer) AS content,
@@ -434,8 +428,7 @@ def test_refresh_does_not_wait_long_for_a_vacuum_of_raw(warehouse: Warehouse) ->
 
 
 def test_only_tables_of_raw_are_summarized(warehouse: Warehouse) -> None:
-    alter(
-        warehouse,
+    warehouse.alter(
         "CREATE TABLE public.elsewhere (i) AS SELECT generate_series(1, 9);"
         "CREATE INDEX ON public.elsewhere USING brin (i)",
     )
@@ -470,7 +463,7 @@ def test_whether_it_was_analyzed_is_always_true_or_false(warehouse: Warehouse) -
     warehouse.run(SWAP)
 
     assert [warehouse.rows(ANALYZE, "de_dw_pipeline") for _ in range(2)] == [[(False,)], [(False,)]]
-    alter(warehouse, "ANALYZE stg.orders_latest_live")
+    warehouse.alter("ANALYZE stg.orders_latest_live")
     assert warehouse.rows(ANALYZE, "de_dw_pipeline") == [(False,)]
 
 
@@ -481,8 +474,7 @@ def test_table_in_front_is_analyzed_once_autovacuum_has_analyzed_the_one_behind(
     warehouse.given("raw.orders", f"order_id | updated_at\n{orders}")
     warehouse.run(SWAP)
     # every change is enough for it
-    alter(
-        warehouse,
+    warehouse.alter(
         "ALTER TABLE stg.orders_latest_live"
         " SET (autovacuum_analyze_threshold = 0, autovacuum_analyze_scale_factor = 0)",
     )
@@ -519,25 +511,14 @@ def status(warehouse: Warehouse) -> tuple[object, ...]:
     return found
 
 
-def verification(warehouse: Warehouse) -> tuple[int, ...]:
-    """Rows that are missing, extra and different, and how many were compared."""
-    (found,) = warehouse.rows(VERIFY, "de_dw_pipeline")
-    return found
-
-
-def alter(warehouse: Warehouse, statements: str) -> None:
-    with warehouse.connect("") as conn:
-        conn.execute(statements.encode())
-
-
 @by_every_refresh
 def test_failed_statement_records_nothing_though_the_transaction_goes_on(warehouse: Warehouse, refresh: str) -> None:
     """As psql does with ON_ERROR_ROLLBACK: a savepoint before each statement, and a COMMIT whatever happened."""
     warehouse.given("raw.orders", "order_id | status | updated_at\n1 | a | 2026-01-01")
     warehouse.run(SWAP)
     warehouse.given("raw.orders", "order_id | status | updated_at\n1 | b | 2026-01-02\n2 | b | 2026-01-02")
-    alter(warehouse, "CREATE UNIQUE INDEX one_of_each ON stg.orders_latest_live (status)")
-    script = (ROOT / "sql" / "transforms" / f"{refresh}.sql").read_text().partition("\nCOMMIT;")[0]
+    warehouse.alter("CREATE UNIQUE INDEX one_of_each ON stg.orders_latest_live (status)")
+    script = before_commit(refresh)
     statements = re.sub(r"--.*", "", script).split(";")[1:]  # without BEGIN
 
     failed = []
@@ -548,12 +529,12 @@ def test_failed_statement_records_nothing_though_the_transaction_goes_on(warehou
                     conn.execute(statement.encode())
             except errors.UniqueViolation:
                 failed.append(statement)
-    alter(warehouse, "DROP INDEX stg.one_of_each")
+    warehouse.alter("DROP INDEX stg.one_of_each")
 
     assert failed
     assert warehouse.rows("SELECT load_id FROM stg.pending_loads") == [(2,)]
     warehouse.run(MERGE)
-    assert verification(warehouse) == (0, 0, 0, 2)
+    assert warehouse.verification() == (0, 0, 0, 2)
 
 
 def test_spare_of_an_earlier_transaction_is_not_published(warehouse: Warehouse) -> None:
@@ -566,7 +547,7 @@ def test_spare_of_an_earlier_transaction_is_not_published(warehouse: Warehouse) 
     with warehouse.connect() as conn, pytest.raises(errors.ObjectNotInPrerequisiteState):
         conn.execute("SELECT stg.swap('orders_latest')")
 
-    assert verification(warehouse) == (0, 0, 0, 1)
+    assert warehouse.verification() == (0, 0, 0, 1)
 
 
 def test_number_that_is_used_again_after_a_restore_is_another_load(warehouse: Warehouse) -> None:
@@ -584,7 +565,7 @@ def test_number_that_is_used_again_after_a_restore_is_another_load(warehouse: Wa
 
     assert warehouse.rows("SELECT load_id FROM stg.pending_loads") == [(2,)]
     warehouse.run(MERGE)
-    assert verification(warehouse) == (0, 0, 0, 1)
+    assert warehouse.verification() == (0, 0, 0, 1)
 
 
 @pytest.mark.parametrize("refresh", [SWAP, UNION])
@@ -593,13 +574,13 @@ def test_second_swap_of_one_spare_is_refused(warehouse: Warehouse, refresh: str)
     warehouse.run(SWAP)
     warehouse.given("raw.orders", "order_id | updated_at\n1 | 2026-01-02")
     swap = "SELECT stg.swap('orders_latest') AS row_count;"
-    script = (ROOT / "sql" / "transforms" / f"{refresh}.sql").read_text()
+    script = script_of(refresh)
 
     with warehouse.connect(autocommit=True) as conn, pytest.raises(errors.ObjectNotInPrerequisiteState):
         conn.execute(script.replace(swap, swap + swap).encode())
 
     assert warehouse.rows("SELECT load_id FROM stg.pending_loads") == [(2,)]
-    assert verification(warehouse) == (0, 0, 0, 1)
+    assert warehouse.verification() == (0, 0, 0, 1)
 
 
 def test_spare_is_not_emptied_while_another_refresh_is_at_work(warehouse: Warehouse) -> None:

@@ -3,10 +3,8 @@
 import pytest
 from psycopg import errors
 
-from tests.conftest import Warehouse
+from tests.conftest import MERGE, SWAP, UNION, Warehouse, by_every_swap
 
-SWAP, UNION, MERGE = "stg.orders_latest", "stg.orders_latest.union", "stg.orders_latest.merge"
-by_every_swap = pytest.mark.parametrize("refresh", [SWAP, UNION])
 LONG = "a_name_as_long_as_postgresql_takes_which_is_sixty_three_bytes__"
 INDEXES = {
     "on all": "CREATE INDEX ON stg.orders_latest (status)",
@@ -65,7 +63,7 @@ ORDER BY 2, 1
 def test_index_survives_swaps_and_spare_has_it_too(warehouse: Warehouse, name: str) -> None:
     warehouse.given("raw.orders", "order_id | status | updated_at\n1 | paid | 2026-01-01\n2 | paid | 2026-01-01")
     warehouse.run(SWAP)
-    alter(warehouse, INDEXES[name])
+    warehouse.alter(INDEXES[name])
     indexes = warehouse.rows(DEFINITIONS.format("live"))
     on_parent = "SELECT indexrelid FROM pg_index WHERE indrelid = 'stg.orders_latest'::regclass ORDER BY 1"
     parents = warehouse.rows(on_parent)
@@ -82,9 +80,9 @@ def test_index_survives_swaps_and_spare_has_it_too(warehouse: Warehouse, name: s
 
 
 def test_index_that_was_dropped_is_on_the_spare_no_longer(warehouse: Warehouse) -> None:
-    alter(warehouse, "CREATE INDEX by_status ON stg.orders_latest (status)")
+    warehouse.alter("CREATE INDEX by_status ON stg.orders_latest (status)")
     warehouse.run(SWAP)
-    alter(warehouse, "DROP INDEX stg.by_status")
+    warehouse.alter("DROP INDEX stg.by_status")
 
     for refresh in (UNION, SWAP):
         warehouse.run(refresh)
@@ -96,7 +94,7 @@ def test_index_that_was_dropped_is_on_the_spare_no_longer(warehouse: Warehouse) 
 
 @by_every_swap
 def test_swap_makes_no_index_while_readers_wait(warehouse: Warehouse, refresh: str) -> None:
-    alter(warehouse, "CREATE INDEX by_status ON stg.orders_latest (status)")
+    warehouse.alter("CREATE INDEX by_status ON stg.orders_latest (status)")
     notices: list[str] = []
 
     warehouse.run(refresh, notices=notices, settings="SET client_min_messages = debug1")
@@ -140,7 +138,7 @@ def test_what_is_made_on_one_of_the_two_tables_stops_a_swap_before_any_work(
 ) -> None:
     published = publish_then_load(warehouse)
     named = named.format(f"stg.orders_latest_{table}")
-    alter(warehouse, made.format(f"stg.orders_latest_{table}"))
+    warehouse.alter(made.format(f"stg.orders_latest_{table}"))
     spare = warehouse.rows("SELECT * FROM stg.orders_latest_spare", "")
 
     with pytest.raises(errors.DependentObjectsStillExist) as refusal:
@@ -159,8 +157,7 @@ def test_what_is_made_on_one_of_the_two_tables_stops_a_swap_before_any_work(
 @by_every_swap
 def test_foreign_key_to_the_table_in_front_stops_a_swap(warehouse: Warehouse, refresh: str) -> None:
     published = publish_then_load(warehouse)
-    alter(
-        warehouse,
+    warehouse.alter(
         "CREATE TABLE public.notes (order_id bigint REFERENCES stg.orders_latest); INSERT INTO public.notes VALUES (1)",
     )
 
@@ -173,8 +170,7 @@ def test_foreign_key_to_the_table_in_front_stops_a_swap(warehouse: Warehouse, re
 
 def test_merge_needs_no_spare_so_views_and_foreign_keys_do_not_stop_it(warehouse: Warehouse) -> None:
     publish_then_load(warehouse)
-    alter(
-        warehouse,
+    warehouse.alter(
         """
         CREATE TABLE public.notes (order_id bigint REFERENCES stg.orders_latest);
         INSERT INTO public.notes VALUES (1);
@@ -188,8 +184,7 @@ def test_merge_needs_no_spare_so_views_and_foreign_keys_do_not_stop_it(warehouse
 @by_every_swap
 def test_view_and_foreign_key_elsewhere_do_not_stop_a_swap(warehouse: Warehouse, refresh: str) -> None:
     publish_then_load(warehouse)
-    alter(
-        warehouse,
+    warehouse.alter(
         """
         CREATE VIEW public.paid AS SELECT order_id FROM stg.orders_latest;
         CREATE TABLE public.products (product text PRIMARY KEY);
@@ -202,12 +197,12 @@ def test_view_and_foreign_key_elsewhere_do_not_stop_a_swap(warehouse: Warehouse,
         assert warehouse.run(refresh) == 2
 
     with pytest.raises(errors.ForeignKeyViolation):
-        alter(warehouse, "UPDATE stg.orders_latest SET product = 'none'")
+        warehouse.alter("UPDATE stg.orders_latest SET product = 'none'")
 
 
 def test_row_that_a_unique_index_refuses_stops_every_refresh(warehouse: Warehouse) -> None:
     published = publish_then_load(warehouse)
-    alter(warehouse, "CREATE UNIQUE INDEX ON stg.orders_latest_live (status)")
+    warehouse.alter("CREATE UNIQUE INDEX ON stg.orders_latest_live (status)")
 
     for refresh in (SWAP, UNION, MERGE):
         with pytest.raises(errors.UniqueViolation):
@@ -223,8 +218,3 @@ def publish_then_load(warehouse: Warehouse) -> list[tuple[object, ...]]:
     warehouse.run(SWAP)
     warehouse.given("raw.orders", "order_id | status | updated_at\n1 | sent | 2026-01-02\n2 | sent | 2026-01-02")
     return warehouse.rows("SELECT * FROM stg.orders_latest")
-
-
-def alter(warehouse: Warehouse, statements: str) -> None:
-    with warehouse.connect("") as conn:
-        conn.execute(statements.encode())
