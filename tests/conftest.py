@@ -27,7 +27,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 import psycopg
@@ -38,6 +38,7 @@ from stg_refresh import rows_written
 
 from local.postgres import DEBIAN_15, Server, embedded_binaries
 
+Met = TypeVar("Met")
 ROOT = Path(__file__).resolve().parents[1]
 # Nothing here outlives the run, so nothing needs to be on disk.
 FAST = {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off", "max_connections": "100"}
@@ -165,12 +166,15 @@ def alembic(url: str, *arguments: str, check: bool = True) -> subprocess.Complet
     return done
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 30) -> None:
-    """Wait for what another thread or process does."""
+def wait_until(
+    condition: Callable[[], Met], seconds: float = 30, problem: str = "it did not happen", pause: float = 0.01
+) -> Met:
+    """Wait for what another thread or process does: until the condition is true, which is returned."""
     give_up = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < give_up, "it did not happen"
-        time.sleep(0.01)
+    while not (met := condition()):
+        assert time.monotonic() < give_up, f"{problem} after {seconds:.0f} s"
+        time.sleep(pause)
+    return met
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -256,21 +260,22 @@ class S3:
     """moto's S3 API server as a process of its own, with one bucket; what it holds ends with it.
 
     :param checked_after: requests that need no valid credentials; all, if it is None.
+    :param host: the address that it listens on.
     """
 
     bucket = "warehouse"
 
-    def __init__(self, checked_after: int | None = None) -> None:
+    def __init__(self, checked_after: int | None = None, host: str = "127.0.0.1") -> None:
         with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
-        self.endpoint = f"http://127.0.0.1:{self.port}"
+            probe.bind((host, 0))
+            self.host, self.port = probe.getsockname()
+        self.endpoint = f"http://{self.host}:{self.port}"
         self.more = {} if checked_after is None else {"INITIAL_NO_AUTH_ACTION_COUNT": str(checked_after)}
         self.start()
 
     def start(self) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(self.port)],
+            [sys.executable, "-m", "moto.server", "-H", self.host, "-p", str(self.port)],
             env=os.environ | {"PYTHONWARNINGS": "ignore"} | self.more,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -283,7 +288,7 @@ class S3:
         self.process.wait()
 
     def _listens(self) -> bool:
-        with suppress(OSError), socket.create_connection(("127.0.0.1", self.port), timeout=1):
+        with suppress(OSError), socket.create_connection((self.host, self.port), timeout=1):
             return True
         assert self.process.poll() is None, "moto's server ended by itself"
         return False

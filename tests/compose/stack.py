@@ -6,18 +6,16 @@ import secrets
 import shutil
 import socket
 import subprocess
-import time
 import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, wait_until
 
-T = TypeVar("T")
 TREE = ("alembic", "alembic.ini", "dags", "generator", "sql", "local", "Dockerfile", ".dockerignore")
 # Anything of these in the environment would be another stack than the one that a new user gets.
 OURS = ("AIRFLOW", "AWS_", "COMPOSE_", "PG", "POSTGRES_IMAGE", "UI_PORT", "WAREHOUSE_", "PARALLELISM")
@@ -25,13 +23,15 @@ SECONDS_UP = 300
 SECONDS_RUN = 240
 # A worker that has a task, and the process of the task itself: Airflow names them so.
 KILL_TASKS = """
+pids=
 for process in /proc/[0-9]*; do
     name=$(tr '\\0' ' ' <"$process/cmdline") || continue
     case "$name" in
     *"<idle>"*) ;;
-    "airflow worker -- "*) kill -9 "${process#/proc/}" && echo "$name" ;;
+    "airflow worker -- "*) pids="$pids ${process#/proc/}" ;;
     esac
 done
+kill -9 $pids && echo $pids
 """
 
 
@@ -89,6 +89,11 @@ class Stack:
             raise Refused((done.stdout + done.stderr).strip())
         return done.stdout.strip()
 
+    def gateway(self) -> str:
+        """This machine's address in the network that has a way out."""
+        form = "{{(index .IPAM.Config 0).Gateway}}"
+        return self.run("docker", "network", "inspect", f"{self.project}_default", "-f", form)
+
     def compose(self, *arguments: str, stdin: str = "", timeout: float = SECONDS_UP) -> str:
         files = [part for name in self.files for part in ("-f", name)]
         return self.run("docker", "compose", "-p", self.project, *files, *arguments, stdin=stdin, timeout=timeout)
@@ -110,6 +115,14 @@ class Stack:
         """What Docker says of each container, by its service's name and number."""
         found = json.loads(self.run("docker", "inspect", *self.compose("ps", "-aq").split()))
         return {each["Name"].removeprefix(f"/{self.project}-"): each for each in found}
+
+    def secrets_by_container(self) -> dict[str, set[str]]:
+        """By name, which of the values in .env its environment and command have."""
+        found = {}
+        for name, container in self.containers().items():
+            text = "\n".join([*container["Config"]["Env"], *(container["Config"]["Cmd"] or [])])
+            found[name] = {secret for secret, value in self.secrets.items() if value in text}
+        return found
 
     def inside(self, service: str, script: str) -> str:
         """Run a script of bash in a service's container."""
@@ -163,6 +176,9 @@ class Stack:
             raise Refused(f"{method} {path}: {status} {answer}")
         return answer
 
+    def eventually(self, condition: Callable[[], Any], problem: str) -> Any:
+        return wait_until(condition, SECONDS_RUN, problem, pause=0.3)
+
     def trigger(self, **conf: object) -> str:
         """Ask for a run of the DAG, once Airflow has found it, and return its id."""
 
@@ -175,7 +191,7 @@ class Stack:
                 return None
             return str(run["dag_run_id"])
 
-        return wait_until(ask, "there is no DAG orders")
+        return str(self.eventually(ask, "there is no DAG orders"))
 
     def wait_for(self, *runs: str) -> None:
         """Until all have succeeded.
@@ -189,7 +205,7 @@ class Stack:
             assert "failed" not in states, states
             return states == ["success"] * len(runs)
 
-        wait_until(have_succeeded, "the runs have not ended")
+        self.eventually(have_succeeded, "the runs have not ended")
 
     def tasks(self, run: str) -> dict[str, dict[str, Any]]:
         path = f"dags/orders/dagRuns/{urllib.parse.quote(run, safe='')}/taskInstances"
@@ -198,7 +214,7 @@ class Stack:
     def wait_for_copy(self) -> None:
         """Until a load is in its COPY, with rows already in the table's file."""
         progress = "SELECT tuples_processed FROM pg_stat_progress_copy WHERE relid = 'raw.orders'::regclass"
-        wait_until(lambda: int(self.sql(progress) or 0) > 0, "no COPY has begun")
+        self.eventually(lambda: int(self.sql(progress) or 0) > 0, "no COPY has begun")
 
     def rows_by_load(self) -> dict[str, tuple[int, int]]:
         """By batch: rows as the ledger says, and as they are in raw."""
@@ -208,20 +224,6 @@ class Stack:
         )
         parts = [line.split("|") for line in found.splitlines()]
         return {batch: (int(told or -1), int(rows)) for batch, told, rows in parts}
-
-
-def wait_until(check: Callable[[], T | None], problem: str, seconds: float = SECONDS_RUN) -> T:
-    """What the check returns, once that is true.
-
-    :raises AssertionError: it takes longer.
-    """
-    give_up = time.monotonic() + seconds
-    while time.monotonic() < give_up:
-        found = check()
-        if found:
-            return found
-        time.sleep(0.3)
-    raise AssertionError(f"{problem} after {seconds:.0f} s")
 
 
 @contextmanager

@@ -206,20 +206,13 @@ def test_code_is_mounted_to_be_read(stack: Stack, tried: Tried) -> None:
 
 
 def test_database_has_no_way_out(stack: Stack, tried: Tried) -> None:
-    network = stack.run(
-        "docker", "network", "inspect", f"{stack.project}_default", "-f", "{{(index .IPAM.Config 0).Gateway}}"
-    )
-    said = refused(lambda: stack.inside("postgres", f"echo > /dev/tcp/{network}/{stack.port}"))
+    said = refused(lambda: stack.inside("postgres", f"echo > /dev/tcp/{stack.gateway()}/{stack.port}"))
     assert "Network is unreachable" in said
     tried("in the database's container: connect to the host", said)
 
 
 def test_a_secret_is_with_those_only_that_use_it(stack: Stack, tried: Tried) -> None:
-    held: dict[str, set[str]] = {}
-    for name, container in stack.containers().items():
-        service = name.rpartition("-")[0]
-        environment = "\n".join([*container["Config"]["Env"], *(container["Config"]["Cmd"] or [])])
-        held[service] = {secret for secret, value in stack.secrets.items() if value in environment}
+    held = {name.rpartition("-")[0]: secrets for name, secrets in stack.secrets_by_container().items()}
     assert held == HOLDERS
     for service, names in held.items():
         tried(f"docker inspect {service}", ", ".join(sorted(names)))

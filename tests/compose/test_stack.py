@@ -1,8 +1,12 @@
 """compose.yaml as a running stack: counts, a second up, kills in mid-load, data kept, new versions, several workers."""
 
+import socket
+
+import psycopg
 import pytest
 
-from tests.compose.stack import KILL_TASKS, Refused, Stack
+from tests.compose.stack import KILL_TASKS, Refused, Stack, running
+from tests.conftest import S3
 
 pytestmark = pytest.mark.compose
 ROWS = 1_500_000  # a COPY of some seconds: time to be killed in
@@ -60,7 +64,7 @@ def test_load_whose_process_is_killed_recovers_and_is_there_once(stack: Stack) -
 
     killed = stack.inside("scheduler", KILL_TASKS)
 
-    assert len(killed.splitlines()) == 2  # the worker, and the task's own process
+    assert len(killed.split()) == 2  # the worker, and the task's own process
     stack.wait_for(run)
     assert stack.tasks(run)["load_raw"]["try_number"] == 2
     assert_nothing_lost_nothing_doubled(stack, run)
@@ -115,27 +119,64 @@ def test_new_containers_keep_the_data_and_run_new_migrations_with_new_passwords(
     assert_nothing_lost_nothing_doubled(stack, run)
 
 
-def test_three_celery_workers_share_ten_runs_and_one_is_killed_in_mid_load(stack: Stack) -> None:
+def test_three_celery_workers_with_files_on_s3_share_ten_runs_and_one_is_killed_in_mid_load(stack: Stack) -> None:
     before = stack.rows_by_load()
     stack.files.insert(1, "compose.celery.yaml")
-    stack.up("--scale", "worker=3")
-    runs = [stack.trigger() for _ in range(10)]
-    stack.wait_for(*runs)
-    hosts = {task["hostname"] for run in runs for task in stack.tasks(run).values() if task["state"] == "success"}
-    assert len(hosts) == 3
-    brought = {batch: rows for batch, rows in stack.rows_by_load().items() if batch not in before}
-    assert brought == dict.fromkeys(runs, (100, 100))
+    s3 = S3(host=stack.gateway())
+    try:
+        stack.environment["WAREHOUSE_DATA"] = f"s3://aws_default@{s3.bucket}/de_dw"
+        stack.environment["AIRFLOW_CONN_AWS_DEFAULT"] = s3.environment["AIRFLOW_CONN_AWS_DEFAULT"]
+        stack.up("--scale", "worker=3")
+        runs = [stack.trigger() for _ in range(10)]
+        stack.wait_for(*runs)
+        hosts = {task["hostname"] for run in runs for task in stack.tasks(run).values() if task["state"] == "success"}
+        assert len(hosts) == 3
+        brought = {batch: rows for batch, rows in stack.rows_by_load().items() if batch not in before}
+        assert brought == dict.fromkeys(runs, (100, 100))
+        assert (
+            stack.sql("SELECT count(*) FROM raw.loads WHERE source LIKE 's3://aws_default@warehouse/de_dw/%'") == "10"
+        )
 
-    run = stack.trigger(rows=ROWS)
-    stack.wait_for_copy()
-    host = stack.tasks(run)["load_raw"]["hostname"]
-    stack.run("docker", "kill", host)
+        run = stack.trigger(rows=ROWS)
+        stack.wait_for_copy()
+        host = stack.tasks(run)["load_raw"]["hostname"]
+        stack.run("docker", "kill", host)
 
-    stack.wait_for(run)
-    again = stack.tasks(run)["load_raw"]
-    assert again["try_number"] == 2
-    assert again["hostname"] != host
-    assert_nothing_lost_nothing_doubled(stack, run)
+        stack.wait_for(run)
+        again = stack.tasks(run)["load_raw"]
+        assert again["try_number"] == 2
+        assert again["hostname"] != host
+        assert_nothing_lost_nothing_doubled(stack, run)
+        assert_worker_has_few_secrets(stack)
+    finally:
+        s3.stop()
+
+
+def assert_worker_has_few_secrets(stack: Stack) -> None:
+    held = {name.rpartition("-")[0]: secrets for name, secrets in stack.secrets_by_container().items()}
+    assert held["worker"] == {"PIPELINE_PASSWORD", "REDIS_PASSWORD"}
+    assert "PIPELINE_PASSWORD" not in held["scheduler"]
+
+
+def test_newest_postgresql_by_one_variable_and_its_port_if_asked_for(tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = tmp_path_factory.mktemp("newest")
+    with running(Stack(folder, "compose.port.yaml")) as stack:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        stack.environment |= {"POSTGRES_IMAGE": "postgres:18", "POSTGRES_PORT": str(port)}
+        for _ in range(2):
+            stack.compose("up", "-d", "--wait", "postgres")
+            stack.compose("run", "--rm", "airflow-init")
+            stack.compose("down")
+        stack.compose("up", "-d", "--wait", "postgres")
+
+        url = "postgresql://reader:{}@127.0.0.1:{}/de_dw"
+        with psycopg.connect(url.format(stack.secrets["READER_PASSWORD"], port)) as conn:
+            assert conn.info.server_version // 10000 == 18
+            assert conn.execute("SELECT count(*) FROM stg.orders_latest").fetchall() == [(0,)]
+        with pytest.raises(psycopg.OperationalError, match="password authentication failed"):
+            psycopg.connect(url.format("reader", port))
 
 
 def assert_nothing_lost_nothing_doubled(stack: Stack, run: str) -> None:
