@@ -37,7 +37,7 @@ fi
 lap "engine $(docker version --format '{{.Server.Version}}'), Compose $(docker compose version --short)"
 
 airflow=$(sed -n 's/^ARG AIRFLOW_IMAGE=//p' Dockerfile)
-if quietly docker pull --quiet postgres:15; then
+if docker pull --quiet postgres:15 >/dev/null 2>&1; then
     for image in postgres:18 redis:7.2 "$airflow"; do
         quietly docker pull --quiet "$image"
     done
