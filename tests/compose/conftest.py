@@ -1,13 +1,19 @@
 """One stack for all tests of this folder; at the end, what it ran on, and what each attempt to break in has got."""
 
-import subprocess
 from collections.abc import Callable, Iterator
 
 import pytest
 
 from tests.compose.stack import Stack, running
 
+# Each goes on with the stack as the one before left it.
+ORDER = ("test_stack", "test_security", "test_workers", "test_versions")
 ATTEMPTS: list[tuple[str, str, str]] = []
+IMAGES: dict[str, str] = {}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: ORDER.index(item.path.stem) if item.path.stem in ORDER else -1)
 
 
 @pytest.fixture(scope="session")
@@ -17,13 +23,17 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
         parent.chmod(0o755)
     # Only what would take long: a killed task is noticed after 20 s instead of 60.
     (folder / "compose.test.yaml").write_text(
-        "".join(
-            f'  {service}: {{environment: {{AIRFLOW__SCHEDULER__TASK_INSTANCE_HEARTBEAT_TIMEOUT: "20"}}}}\n'
-            for service in ("api-server", "scheduler")
-        ).join(["services:\n", ""])
+        """
+services:
+  scheduler: {environment: {AIRFLOW__SCHEDULER__TASK_INSTANCE_HEARTBEAT_TIMEOUT: "20"}}
+"""
     )
     with running(Stack(folder, "compose.test.yaml")) as made:
         made.up("--build")
+        for container in made.containers().values():
+            IMAGES[container["Config"]["Image"]] = made.run(
+                "docker", "image", "inspect", "-f", '{{index .Config.Labels "standin.of"}}', container["Image"]
+            )
         yield made
 
 
@@ -44,9 +54,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
                 say(rule)
             last = rule
             say(f"    {command[:100]}\n        -> {got[:140]}")
-    images = ("postgres:15", "apache/airflow:3.3.2-python3.12", "redis:7.2")
-    query = ["docker", "image", "inspect", "-f", '{{index .Config.Labels "standin.of"}}', *images]
-    labels = subprocess.run(query, capture_output=True, text=True).stdout.split("\n")[: len(images)]
-    say("")
-    for image, label in zip(images, labels, strict=False):
-        say(f"{image}: {'a local stand-in' if label else 'the official image'}")
+        say("")
+    for image, stands_in in IMAGES.items():
+        say(f"{image}: {f'a local stand-in of {stands_in}' if stands_in else 'the official image'}")

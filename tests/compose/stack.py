@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.conftest import ROOT, wait_until
 
 TREE = ("alembic", "alembic.ini", "dags", "generator", "sql", "local", "Dockerfile", ".dockerignore")
@@ -21,6 +23,7 @@ TREE = ("alembic", "alembic.ini", "dags", "generator", "sql", "local", "Dockerfi
 OURS = ("AIRFLOW", "AWS_", "COMPOSE_", "PG", "POSTGRES_IMAGE", "UI_PORT", "WAREHOUSE_", "PARALLELISM")
 SECONDS_UP = 300
 SECONDS_RUN = 240
+ROWS = 1_500_000  # a COPY of some seconds: time to be killed in
 # A worker that has a task, and the process of the task itself: Airflow names them so.
 KILL_TASKS = """
 pids=
@@ -109,7 +112,7 @@ class Stack:
 
     def down(self) -> None:
         """With all data."""
-        self.compose("down", "-v", "--remove-orphans", "--timeout", "20")
+        self.compose("down", "-v", "--remove-orphans", "--rmi", "local", "--timeout", "20")
 
     def containers(self) -> dict[str, dict[str, Any]]:
         """What Docker says of each container, by its service's name and number."""
@@ -224,6 +227,56 @@ class Stack:
         )
         parts = [line.split("|") for line in found.splitlines()]
         return {batch: (int(told or -1), int(rows)) for batch, told, rows in parts}
+
+    def assert_nothing_lost_nothing_doubled(self, run: str, rows: int) -> None:
+        """Each load has the rows of its ledger row, this one those it was asked for, and stg is what raw says."""
+        loads = self.rows_by_load()
+        assert {batch: told for batch, (told, found) in loads.items() if told != found} == {}
+        assert loads[run] == (rows, rows)
+        wrong = self.sql(
+            "SELECT count(*) FROM stg.orders_latest AS l FULL JOIN"
+            " (SELECT DISTINCT ON (order_id) order_id, row_id, true AS is_latest FROM raw.orders"
+            " ORDER BY order_id, updated_at DESC, row_id DESC) AS expected USING (order_id, row_id)"
+            " WHERE l.updated_at IS NULL OR expected.is_latest IS NULL"
+        )
+        assert wrong == "0"
+
+
+def refused(command: Callable[[], object]) -> str:
+    """The words with which a command is refused."""
+    with pytest.raises(Refused) as error:
+        command()
+    return str(error.value)
+
+
+def try_to_become_more(stack: Stack, service: str, tried: Callable[[str, str], None]) -> None:
+    """From within a container, whose processes may do no more than they need."""
+    status = stack.inside(service, "id -u; grep -E '^(CapEff|CapBnd|NoNewPrivs)' /proc/1/status")
+    user, *facts = status.split("\n")
+    assert user != "0"
+    assert [fact.split()[1] for fact in facts] == ["0" * 16, "0" * 16, "1"]
+    tried(f"docker compose exec {service} id -u; grep CapBnd /proc/1/status", f"{user}, {facts[1]}")
+    for target in ("/usr/mine", "/etc/mine"):
+        said = refused(lambda: stack.inside(service, f"touch {target}"))  # noqa: B023
+        assert "Read-only file system" in said
+        tried(f"docker compose exec {service} touch {target}", said)
+
+
+def look_for_secrets(stack: Stack, tried: Callable[[str, str], None]) -> None:
+    """In images, logs and the processes of all services."""
+    services = stack.compose("ps", "--services").split()
+    places = {
+        "docker compose logs": stack.compose("logs", "--no-color"),
+        "the volume of Airflow's logs": stack.inside("scheduler", "grep -rh . /opt/airflow/logs"),
+        "docker history": stack.run("docker", "history", "--no-trunc", f"{stack.project}-airflow"),
+        "process lists": "".join(
+            stack.inside(service, "cat /proc/[0-9]*/cmdline | tr '\\0' ' '") for service in services
+        ),
+    }
+    for place, text in places.items():
+        assert len(text) > 100, place
+        assert [name for name, value in stack.secrets.items() if value in text] == [], place
+        tried(f"grep each secret in {place}", f"not in {len(text):,} characters")
 
 
 @contextmanager

@@ -71,3 +71,4 @@ def test_chart_is_told_the_airflow_that_the_image_has() -> None:
     (version,) = re.findall(r"^apache-airflow==(\S+)", (ROOT / "requirements-image.txt").read_text(), re.MULTILINE)
 
     assert VALUES["airflowVersion"] == version
+    assert f"apache/airflow:{version}-python" in (ROOT / "Dockerfile").read_text()

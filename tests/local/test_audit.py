@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from tests.conftest import ROOT
 
-VULNERABLE = "alembic"
+VULNERABLE = "numpy"  # pinned more than once: for older and newer versions of Python
 
 
 class Database(BaseHTTPRequestHandler):
@@ -55,8 +56,9 @@ def test_known_vulnerability_of_a_locked_package_fails_and_is_named() -> None:
         done = audit(url)
 
     assert done.returncode == 1, done.stderr
-    assert VULNERABLE in done.stdout
-    assert "TEST-1" in done.stdout
+    versions = set(re.findall(rf"^{VULNERABLE}==(\S+)", (ROOT / "requirements-dev.txt").read_text(), re.MULTILINE))
+    assert len(versions) > 1
+    assert set(re.findall(rf"^{VULNERABLE} +(\S+) +TEST-1", done.stdout, re.MULTILINE)) == versions
 
 
 def test_without_one_it_passes() -> None:
