@@ -17,6 +17,7 @@ from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
 from io import RawIOBase
+from itertools import chain
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -36,8 +37,10 @@ HEADER_BYTES = 64 * 1024
 PROGRESS_SECONDS = 5.0
 # Records are cut out of this much text at a time: enough that a round trip to the server does not show.
 CHUNK_BYTES = 4 * 1024 * 1024
+# And no more of them at a time: text of nothing but line ends has millions of records to the chunk.
+CHUNK_RECORDS = 100_000
 # PostgreSQL takes no longer record: a quoted field that is still open after this much text never ends for it either.
-# Only records() looks for that end, and holds what it reads in memory, several times over.
+# Only records() looks for that end, and holds what it reads in memory.
 RECORD_BYTES = 1024 * 1024 * 1024
 
 QUOTE = ord('"')
@@ -99,7 +102,7 @@ class BatchFile:
         self.path = shown(path)
         self._file = open_source(path)
         try:
-            self._state = self._file.state()
+            self._state = self._file.opened
             self.is_gzip = self._file.read(len(GZIP)) == GZIP
             self._file.seek(0)
             start = self._start()
@@ -178,23 +181,77 @@ class BatchFile:
         :raises BatchError: as blocks.
         """
         blocks = self.blocks()
-        data, at_end = b"", False
+        data, at, at_end = b"", 0, False  # the text that was read, and how much of it is done with
         line = 1 + self.header_lines
         skip = (len(BOM) if self.has_bom else 0) + len(self.header) + len(self.newline)
-        while not at_end:
-            parts, size = [data], len(data)
-            # Twice what was left over: a long record is not looked at again with every block.
-            wanted = skip + max(CHUNK_BYTES, 2 * len(data))
-            while size < wanted and not at_end:
-                block = next(blocks, b"")
-                at_end = not block
-                parts.append(block)
-                size += len(block)
-            data, skip = b"".join(parts)[skip:], 0
-            records, rest = self._cut(data, line, at_end)
+        while not at_end or at < len(data):
+            if len(data) - at < skip + CHUNK_BYTES and not at_end:
+                parts, size = [data[at:]], len(data) - at
+                while size < skip + CHUNK_BYTES and not at_end:
+                    block = next(blocks, b"")
+                    at_end = not block
+                    parts.append(block)
+                    size += len(block)
+                data, at, skip = b"".join(parts), skip, 0
+            text = data[at : at + CHUNK_BYTES]
+            is_last = at_end and at + len(text) == len(data)
+            records, done = self._cut(text, line, is_last)
+            if not done and not is_last:
+                data = data[at:]
+                records, at, more = self._cut_long(data, line, blocks)
+                data = b"".join([data, *more])
+            else:
+                at += done
             yield records
             line += records.line_ends
-            data = data[rest:]
+
+    def _cut_long(self, data: bytes, line: int, blocks: Iterator[bytes]) -> tuple[Records, int, list[bytes]]:
+        """Cut off the one record that some text begins with, and that is longer than a chunk.
+
+        It takes memory for its text only, whatever is in it.
+
+        :param data: begins with the record, on this line.
+        :param blocks: what follows. As many are read as the record needs, up to RECORD_BYTES.
+        :return: the record, where it ends in data and the blocks that were read, and those.
+        """
+        end = self.newline[-1]
+        more: list[bytes] = []
+        size, quotes, before = 0, 0, self.newline[-1:]
+        pieces = chain((data[at : at + CHUNK_BYTES] for at in range(0, len(data), CHUNK_BYTES)), blocks)
+        has_stray = has_line_end = False
+        for piece in pieces:
+            if size >= len(data):
+                more.append(piece)
+            text = np.frombuffer(piece, np.uint8)
+            line_ends = np.flatnonzero(text == end)
+            parity = (quotes + np.searchsorted(np.flatnonzero(text == QUOTE), line_ends)) % 2
+            stops = line_ends[parity == 0][:1].tolist()
+            found = scan(before + (piece[: stops[0] + 1] if stops else piece), quotes, end)
+            has_stray |= found.has_stray
+            has_line_end |= len(line_ends) > 0
+            if stops and not has_stray:
+                stop = size + int(stops[0])
+                whole = b"".join([data, *more])[: stop + 1]
+                problem = None
+                record = whole[:-1]
+                if self.newline == b"\r\n":
+                    problem = None if record.endswith(b"\r") else self._wrong_line_end()
+                    record = record.removesuffix(b"\r")
+                problem = problem or self._problem(record) or next((text for _, text in _not_utf8(record, [0])), None)
+                problems = {0: problem} if problem else {}
+                return Records([record], [line], problems, count(whole, end)), stop + 1, more
+            size += len(piece)
+            if (has_stray and has_line_end) or size >= RECORD_BYTES:
+                break
+            quotes += found.quotes
+            before = piece[-1:]
+        # It never ends as a record, so it is one line.
+        whole = b"".join([data, *more])
+        stop = whole.find(end)
+        first = whole if stop < 0 else whole[: stop + 1]
+        problem = STRAY_QUOTE if scan(self.newline[-1:] + first, 0, end).has_stray else OPEN_QUOTE
+        record = first.removesuffix(self.newline)
+        return Records([record], [line], {0: problem}, int(stop >= 0)), len(first), more
 
     def _cut(self, data: bytes, line: int, at_end: bool) -> tuple[Records, int]:
         """Cut text into records, and say where the first one begins that is not complete.
@@ -223,12 +280,15 @@ class BatchFile:
             stray = _next(strays[first % 2], first)
             limit = len(data) if stray is None else int(quotes[stray])
             ends = record_ends[first % 2]
-            complete = ends[np.searchsorted(ends, start) : np.searchsorted(ends, limit)].tolist()
+            complete = ends[np.searchsorted(ends, start) : np.searchsorted(ends, limit)]
+            complete = complete[: CHUNK_RECORDS - len(starts)].tolist()
             if complete:
                 starts += [start, *(stop + 1 for stop in complete[:-1])]
                 stops += complete
                 start = complete[-1] + 1
-            if start == len(data) or (stray is None and not at_end and len(data) - start < RECORD_BYTES):
+            if len(starts) == CHUNK_RECORDS:
+                break
+            if start == len(data) or (stray is None and not at_end):
                 break
             stop = _next(line_ends, start)
             if stop is None and not at_end:
@@ -240,6 +300,8 @@ class BatchFile:
             starts.append(start)
             stops.append(len(data) if stop is None else stop)
             start = stops[-1] + 1
+            if len(starts) == CHUNK_RECORDS:
+                break
         rest = min(start, len(data))
 
         firsts, lasts = np.array(starts, np.int64), np.array(stops, np.int64)

@@ -17,7 +17,11 @@ from typing import Any, NamedTuple, NoReturn, Protocol, TypeVar
 OBJECT_BLOCK_BYTES = 8 * 1024 * 1024
 OBJECT_BLOCKS = 3
 # What tells one version of an object from the next, in the words of S3, Google, Azure and SFTP, as far as there.
-VERSION = ("ETag", "etag", "VersionId", "generation", "LastModified", "last_modified", "updated", "mtime", "created")
+# The first of them that there is: with an ETag the time does not count, as the same bytes may be written again.
+VERSION = [
+    *("ETag", "etag", "generation", "LastModified", "last_modified", "updated"),
+    *("mtime", "created", "modificationTime", "modify"),
+]
 # As ObjectStoragePath and UPath call the file system of this machine.
 LOCAL = ("", "file", "local")
 
@@ -52,6 +56,10 @@ class State(NamedTuple):
 class Source(Protocol):
     """A file that is open for reading."""
 
+    @property
+    def opened(self) -> State:
+        """As it was when it was opened: what is read is of this state, or the read fails."""
+
     def read(self, size: int = -1, /) -> Any: ...
     def readinto(self, buffer: Any, /) -> Any: ...
     def readable(self) -> bool: ...
@@ -66,8 +74,10 @@ class Source(Protocol):
 
 
 def shown(path: Path | StoredPath) -> str:
-    """The path as text for messages and the ledger. A user or connection stays, a password does not."""
-    return re.sub(r"^(\w+://[^/:@]*):(?!\d+/)[^@]*@", r"\1@", str(path))
+    """The path as text for messages and the ledger. A user or connection stays; a password or signature does not."""
+    text = re.sub(r"^(https?://[^?]*)\?.*", r"\1", str(path), flags=re.DOTALL)
+    # A port is no password; S3 has no port there, and keys that may look like one.
+    return re.sub(r"^(?:(s3a?://[^/:@]*):|(\w+://[^/:@]*):(?!\d+/))[^@]*@", r"\1\2@", text)
 
 
 def open_source(path: Path | StoredPath) -> Source:
@@ -87,6 +97,7 @@ class _File(FileIO):
     """A file on disk."""
 
     shown: str
+    opened: State
 
     def state(self) -> State:
         now = os.fstat(self.fileno())
@@ -109,7 +120,7 @@ def _open_file(path: str | os.PathLike[str], name: str) -> _File:
         os.close(fd)
         raise BatchError(f"{name}: not a regular file")
     file = _File(fd, "rb")
-    file.shown = name
+    file.shown, file.opened = name, file.state()
     return file
 
 
@@ -122,7 +133,7 @@ class _Object(RawIOBase):
 
     def __init__(self, fs: Any, path: str, name: str) -> None:
         self.fs, self.path, self.shown = fs, path, name
-        self._first = self.state()
+        self.opened = self.state()
         self._file = self._ask(lambda: fs.open(path, "rb", cache_type="none"))
         self._thread = ThreadPoolExecutor(1)  # the only one that reads from the file
         self._blocks: dict[int, Future[bytes]] = {}
@@ -133,7 +144,7 @@ class _Object(RawIOBase):
 
     def read(self, size: int = -1) -> bytes:
         """At most to the end of a block."""
-        if self._at >= self._first.size:
+        if self._at >= self.opened.size:
             return b""
         number, start = divmod(self._at, OBJECT_BLOCK_BYTES)
         data = self._block(number)[start : start + size if size >= 0 else None]
@@ -146,7 +157,7 @@ class _Object(RawIOBase):
         return len(data)
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        self._at = offset + (self._first.size if whence == os.SEEK_END else 0)
+        self._at = offset + (self.opened.size if whence == os.SEEK_END else 0)
         return self._at
 
     def tell(self) -> int:
@@ -162,7 +173,7 @@ class _Object(RawIOBase):
     def _block(self, number: int) -> bytes:
         wanted = [number, number + 1]
         for block in wanted:
-            if block not in self._blocks and block * OBJECT_BLOCK_BYTES < self._first.size:
+            if block not in self._blocks and block * OBJECT_BLOCK_BYTES < self.opened.size:
                 self._blocks[block] = self._thread.submit(self._fetch, block * OBJECT_BLOCK_BYTES)
         others = [block for block in self._blocks if block not in wanted]
         for block in others[: max(len(self._blocks) - OBJECT_BLOCKS, 0)]:
@@ -173,7 +184,7 @@ class _Object(RawIOBase):
             self._explain(error)
 
     def _fetch(self, start: int) -> bytes:
-        size = min(OBJECT_BLOCK_BYTES, self._first.size - start)
+        size = min(OBJECT_BLOCK_BYTES, self.opened.size - start)
         self._file.seek(start)
         data: bytes = self._file.read(size)
         if len(data) != size:
@@ -185,7 +196,13 @@ class _Object(RawIOBase):
         info = self._ask(lambda: self.fs.info(self.path))
         if info["type"] != "file":
             raise BatchError(f"{self.shown}: not a regular file")
-        return State(info["size"], tuple(str(info.get(name)) for name in VERSION))
+        version = next((str(info[name]) for name in VERSION if info.get(name)), None)
+        if version is None:
+            raise BatchError(
+                f"{self.shown}: the store does not tell one version of an object from the next, so it could be "
+                f"replaced while it is read. Copy the file to a disk, or to a store that does."
+            )
+        return State(info["size"], version)
 
     def changed(self, before: int, now: int) -> BatchError:
         return BatchError(
@@ -212,8 +229,8 @@ class _Object(RawIOBase):
             raise
         except Exception:
             raise error from None  # the store is away
-        if now != self._first:
-            raise self.changed(self._first.size, now.size) from error
+        if now != self.opened:
+            raise self.changed(self.opened.size, now.size) from error
         raise error
 
 

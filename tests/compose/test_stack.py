@@ -69,7 +69,7 @@ def test_load_during_a_restart_of_the_scheduler_recovers_and_is_there_once(stack
     run = stack.trigger(rows=ROWS)
     stack.wait_for_copy()
 
-    stack.compose("restart", "--timeout", "5", "scheduler")
+    stack.compose("restart", "--timeout", "0", "scheduler")
 
     stack.wait_for(run)
     assert stack.tasks(run)["load_raw"]["try_number"] > 1

@@ -1,8 +1,11 @@
 """dags/batch_rejects.py: bad records are kept and explained, good ones loaded, and PostgreSQL says which is which."""
 
 import csv
+import gzip
 import io
+import os
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from psycopg import sql
 
-from tests.conftest import HISTORIES, DatabaseServer, Warehouse
+from tests.conftest import HISTORIES, ROOT, DatabaseServer, Warehouse
 from tests.dags.test_batch_load import HEADER, STATES, row
 
 COLUMNS = HEADER.strip().split(",")
@@ -507,9 +510,14 @@ def cut(text: str) -> list[tuple[str, int, bool]]:
 
 
 @settings(max_examples=500, deadline=None, database=None)
-@given(text=st.text(alphabet='"",\na', max_size=60), block_bytes=st.integers(1, 21), chunk_bytes=st.integers(1, 21))
+@given(
+    text=st.text(alphabet='"",\na', max_size=60),
+    block_bytes=st.integers(1, 21),
+    chunk_bytes=st.integers(1, 21),
+    chunk_records=st.integers(1, 5),
+)
 def test_records_are_cut_where_quotes_say_and_a_wrong_one_ends_with_its_line(
-    tmp_path_factory: pytest.TempPathFactory, text: str, block_bytes: int, chunk_bytes: int
+    tmp_path_factory: pytest.TempPathFactory, text: str, block_bytes: int, chunk_bytes: int, chunk_records: int
 ) -> None:
     path = tmp_path_factory.mktemp("cut") / "file.csv"
     path.write_text(f"x\n{text}\n")
@@ -517,6 +525,7 @@ def test_records_are_cut_where_quotes_say_and_a_wrong_one_ends_with_its_line(
     with pytest.MonkeyPatch.context() as patch, BatchFile(path) as file:
         patch.setattr(batch_file, "BLOCK_BYTES", block_bytes)
         patch.setattr(batch_file, "CHUNK_BYTES", chunk_bytes)
+        patch.setattr(batch_file, "CHUNK_RECORDS", chunk_records)
         chunks = list(file.records())
 
     assert [
@@ -525,6 +534,22 @@ def test_records_are_cut_where_quotes_say_and_a_wrong_one_ends_with_its_line(
         for place, (data, line) in enumerate(zip(chunk.data, chunk.lines, strict=True))
     ] == cut(f"{text}\n")
     assert file.lines == file.header_lines + sum(chunk.line_ends for chunk in chunks)
+
+
+def test_a_few_bytes_that_unpack_to_millions_of_records_take_no_memory(tmp_path: Path) -> None:
+    path = tmp_path / "bomb.csv.gz"
+    path.write_bytes(gzip.compress(b'a,b\n1,"' + b"\n" * 5_000_000))
+    script = (
+        "import sys; from pathlib import Path; from batch_file import BatchFile\n"
+        "with BatchFile(Path(sys.argv[1])) as file: print(sum(len(records.data) for records in file.records()))\n"
+        "print(Path('/proc/self/status').read_text().partition('VmHWM:')[2].split()[0])"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "dags")}
+    done = subprocess.run([sys.executable, "-c", script, path], env=environment, capture_output=True, text=True)
+
+    records, kilobytes = map(int, done.stdout.split())
+    assert records == 5_000_000
+    assert kilobytes < 400_000  # each record as an object would take more than a gigabyte
 
 
 def test_quoted_field_may_be_large_and_one_without_end_is_given_up(

@@ -5,6 +5,7 @@ import hashlib
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -219,6 +220,53 @@ def test_object_that_is_replaced_between_the_passes_is_refused(
     assert counts(warehouse) == (0, 0)
 
 
+def test_object_that_is_replaced_just_before_it_is_read_is_loaded_whole_or_not_at_all(
+    warehouse: Warehouse, s3: S3, load: Callable[..., Load], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = batch_store._Object.state
+    seen: list[batch_store.State] = []
+
+    def replaced_after_the_first(self: batch_store._Object) -> batch_store.State:
+        seen.append(state(self))
+        if len(seen) == 1:
+            s3.put("orders.csv", MANY + row().encode())
+        return seen[-1]
+
+    monkeypatch.setattr(batch_store._Object, "state", replaced_after_the_first)
+
+    with pytest.raises(BatchError, match="changed while it was read"):
+        load(MANY)
+
+    assert counts(warehouse) == (0, 0)
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_same_bytes_written_again_while_they_are_read_are_loaded(
+    warehouse: Warehouse, s3: S3, load: Callable[..., Load], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def again() -> None:
+        time.sleep(1.1)  # an object's time is in seconds
+        s3.put("orders.csv", MANY)
+
+    at_block(monkeypatch, 5, again)
+
+    load(MANY)
+
+    assert counts(warehouse) == (20_000, 1)
+
+
+def test_store_that_tells_no_version_is_refused(warehouse: Warehouse, monkeypatch: pytest.MonkeyPatch) -> None:
+    from upath import UPath
+
+    path = UPath("memory://folder/no_version.csv")
+    path.write_bytes(MANY)
+    info = path.fs.info
+    monkeypatch.setattr(path.fs, "info", lambda name: {**info(name), "created": None})
+
+    with warehouse.connect() as conn, pytest.raises(BatchError, match="does not tell one version"):
+        load_batch(conn, table="raw.orders", batch_id="a", path=path)
+
+
 def test_any_file_system_of_fsspec_will_do(warehouse: Warehouse, monkeypatch: pytest.MonkeyPatch) -> None:
     from upath import UPath
 
@@ -308,6 +356,9 @@ def test_object_that_may_not_be_read_says_what_may_be_missing(warehouse: Warehou
     [
         ("s3://aws_default@bucket/orders.csv", "s3://aws_default@bucket/orders.csv"),
         ("s3://AKIA:se/cret@bucket/orders.csv", "s3://AKIA@bucket/orders.csv"),
+        ("s3://AKIA:1/cret@bucket/orders.csv", "s3://AKIA@bucket/orders.csv"),
+        ("https://host/orders.csv?X-Amz-Signature=secret", "https://host/orders.csv"),
+        ("s3://bucket/a?b.csv", "s3://bucket/a?b.csv"),
         ("s3://bucket/a:b@c.csv", "s3://bucket/a:b@c.csv"),
         ("http://host:8080/a@b.csv", "http://host:8080/a@b.csv"),
         ("/data/a:b@c.csv", "/data/a:b@c.csv"),
