@@ -1,21 +1,28 @@
 #!/bin/sh
 # Writes .env for compose.yaml: a random value for each secret that it does not have yet, readable by its owner only.
+# A new secret also goes into the services that use it, tests/compose and docs/security.md.
 set -eu
 umask 077
+if [ -L .env ]; then
+    echo ".env is a symbolic link: write the secrets into the file that it names, or make it a file" >&2
+    exit 1
+fi
 old=.env
 [ -e "$old" ] || old=/dev/null
 new=.env.$$
 trap 'rm -f "$new"' EXIT
+trap 'exit 1' HUP INT TERM
 
 random() { # $1 bytes as hexadecimal digits, which need no quoting in a URL, in JSON or in a shell
     head -c "$1" /dev/urandom | od -An -tx1 | tr -d ' \n'
 }
 secret() { # name, what it is for, value
-    grep -q "^$1=" "$old" || printf '# %s\n%s=%s\n' "$2" "$1" "$3"
+    grep -q "^$1=." "$old" || printf '# %s\n%s=%s\n' "$2" "$1" "$3"
 }
 
 {
-    cat "$old"
+    # Without the secrets that are empty, and with an end to the last line.
+    sed -e '/^[A-Z_]*\(PASSWORD\|SECRET\|KEY\)=$/d' -e '$a\' "$old"
     secret UI_PASSWORD "the Airflow UI's user admin" "$(random 12)"
     secret READER_PASSWORD "database de_dw, login reader: for analysts" "$(random 16)"
     secret PIPELINE_PASSWORD "database de_dw, login pipeline: for Airflow's tasks" "$(random 16)"

@@ -44,3 +44,7 @@ FROM pg_database
 GRANT CONNECT ON DATABASE de_dw TO de_dw_reader;
 -- The loader looks for bad records with the help of temporary tables.
 GRANT CONNECT, TEMPORARY ON DATABASE de_dw TO de_dw_pipeline;
+
+-- PUBLIC may also make large objects, which nothing here uses, and so fill the disk.
+\connect de_dw
+REVOKE EXECUTE ON FUNCTION lo_create(oid), lo_creat(integer), lo_from_bytea(oid, bytea) FROM public;
