@@ -31,6 +31,8 @@ THEIRS = {
     'column "header" of relation "loads" does not exist',
     "permission denied to create temporary tables",
     "Timeout, PID:",
+    "required variable ... is missing a value: make .env writes it",
+    "Bind for 127.0.0.1:8080 failed",
 }
 MESSAGES = [
     message
