@@ -22,7 +22,6 @@ import secrets
 import time
 import unicodedata
 from collections.abc import Callable
-from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache, partial
 from pathlib import Path
@@ -106,7 +105,10 @@ WORDS_PER_ROW = 4  # of 64 random bits: eight draws of 32 bits for each order
 
 
 class StoredPath(Protocol):
-    """What airflow.sdk.ObjectStoragePath and upath.UPath have: a path in a file system of fsspec."""
+    """What airflow.sdk.ObjectStoragePath and upath.UPath have: a path in a file system of fsspec.
+
+    As in dags/batch_store.py: the generator runs without that folder on its path.
+    """
 
     @property
     def protocol(self) -> str: ...
@@ -128,7 +130,8 @@ def generate_orders(
 
     The file appears under its name only when it is whole and on disk, an object only when all of its parts
     are in the store. On any error, Ctrl-C included, an earlier file or object stays as it was and nothing is
-    left beside it (only a kill leaves the hidden .part file, or the parts of an unfinished upload). A missing
+    left beside it (a kill leaves the hidden .part file or the parts of an unfinished upload, and Ctrl-C at times
+    a part that was on its way). A missing
     folder is made, a missing bucket is not. `progress` is called after every block with the number of rows
     written so far.
 
@@ -164,6 +167,7 @@ def _write_file(path: Path, write: Callable[[BinaryIO], int]) -> int:
 
 
 def _write_object(path: StoredPath, write: Callable[[BinaryIO], int]) -> int:
+    name = path.fs.unstrip_protocol(path.path)
     try:
         out = path.fs.open(path.path, "wb", autocommit=False, block_size=PART_BYTES)
         try:
@@ -173,12 +177,14 @@ def _write_object(path: StoredPath, write: Callable[[BinaryIO], int]) -> int:
         except BaseException:
             # As if all had been sent: close() would send the rest, which to some stores is the end of a whole object.
             out.forced = True
-            with suppress(Exception):  # the error that brought us here counts
+            try:
                 out.discard()
+            except Exception as error:  # the one that brought us here is raised
+                log.warning("%s: parts of an unfinished upload stay in the store: %s", name, error)
             out.close()
             raise
     except (FileNotFoundError, PermissionError) as error:  # which name no object
-        raise type(error)(f"{path.fs.unstrip_protocol(path.path)}: {error}") from error
+        raise type(error)(f"{name}: {error}") from error
     return size
 
 
