@@ -44,8 +44,8 @@ def test_up_down_and_up_again_give_the_same_schema(server: DatabaseServer, datab
     alembic(database, "upgrade", "head")
 
     assert dump(server, database) == schema
-    assert not [line for line in empty if "raw." in line or "stg." in line]
-    assert len([line for line in schema if line.startswith("CREATE TABLE ")]) == 10
+    assert not [line for line in empty if "raw." in line or "stg." in line or "ops." in line]
+    assert len([line for line in schema if line.startswith("CREATE TABLE ")]) == 11
 
 
 def test_downgrade_of_the_refreshes_gives_the_schema_before_them(server: DatabaseServer, database: str) -> None:
@@ -262,11 +262,13 @@ def test_every_table_column_and_function_has_a_comment(warehouse: Warehouse) -> 
         SELECT c.oid::regclass::text, a.attname::text
         FROM pg_class AS c
         LEFT JOIN pg_attribute AS a ON c.oid = a.attrelid AND a.attnum > 0 AND NOT a.attisdropped
-        WHERE c.relnamespace IN ('raw'::regnamespace, 'stg'::regnamespace) AND c.relkind IN ('r', 'p', 'v')
+        WHERE c.relnamespace IN ('raw'::regnamespace, 'stg'::regnamespace, 'ops'::regnamespace)
+            AND c.relkind IN ('r', 'p', 'v')
             AND (obj_description(c.oid, 'pg_class') IS NULL OR col_description(c.oid, a.attnum) IS NULL)
         UNION ALL
         SELECT p.oid::regprocedure::text, '()' FROM pg_proc AS p
-        WHERE p.pronamespace IN ('raw'::regnamespace, 'stg'::regnamespace) AND obj_description(p.oid) IS NULL
+        WHERE p.pronamespace IN ('raw'::regnamespace, 'stg'::regnamespace, 'ops'::regnamespace)
+            AND obj_description(p.oid) IS NULL
     """
 
     assert warehouse.rows(without) == []

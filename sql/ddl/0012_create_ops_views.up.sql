@@ -1,0 +1,219 @@
+-- Schema ops: what people ask of the warehouse (its loads, its tables, its checks), as views for psql and for the UI.
+
+-- A schema of its own, because whoever runs the pipeline may create in stg, and these are read by all.
+CREATE SCHEMA ops;
+COMMENT ON SCHEMA ops IS
+'What was loaded, published and checked, to look at: nothing in raw or stg depends on it.';
+GRANT USAGE ON SCHEMA ops TO de_dw_pipeline, de_dw_reader;
+
+-- The loads of one table from the newest on, a page at a time. The ledger has a row per file: this takes no time.
+-- squawk-ignore require-concurrent-index-creation
+CREATE INDEX loads_table_name_load_id ON raw.loads (table_name, load_id);
+
+CREATE TABLE ops.check_results (
+    result_id bigint GENERATED ALWAYS AS IDENTITY,
+    table_name text NOT NULL,
+    check_name text NOT NULL,
+    severity text NOT NULL,
+    batch_id text,
+    load_ids bigint[] NOT NULL,
+    offending bigint NOT NULL,
+    examples jsonb NOT NULL DEFAULT '[]',
+    is_accepted boolean NOT NULL DEFAULT false,
+    checked_at timestamptz NOT NULL DEFAULT now(),
+    CONSTRAINT check_results_pkey PRIMARY KEY (result_id),
+    CONSTRAINT severity_is_known CHECK (severity IN ('fail', 'warn')),
+    CONSTRAINT offending_is_not_negative CHECK (offending >= 0)
+);
+COMMENT ON TABLE ops.check_results IS
+'One row per check and time that it was made, before a staging table takes in what is pending. Append-only.';
+COMMENT ON COLUMN ops.check_results.result_id IS 'Which result, in the order of their making, with gaps.';
+COMMENT ON COLUMN ops.check_results.table_name IS 'The staging table that was to be refreshed, without its schema.';
+COMMENT ON COLUMN ops.check_results.check_name IS 'The check: its file in sql/checks/ begins so.';
+COMMENT ON COLUMN ops.check_results.severity IS
+'fail: offending rows stop the refresh. warn: they are shown, and it goes on.';
+COMMENT ON COLUMN ops.check_results.batch_id IS 'The batch whose run asked: of a DAG run its run_id.';
+COMMENT ON COLUMN ops.check_results.load_ids IS 'The loads that were looked at: those pending at that moment.';
+COMMENT ON COLUMN ops.check_results.offending IS 'Rows that the check found; 0 is good.';
+COMMENT ON COLUMN ops.check_results.examples IS 'Some of these rows, as a JSON array of objects.';
+COMMENT ON COLUMN ops.check_results.is_accepted IS 'True when the run was told to go on in spite of this check.';
+COMMENT ON COLUMN ops.check_results.checked_at IS 'When: the same for all checks that were made together.';
+CREATE INDEX check_results_table_name_checked_at ON ops.check_results (table_name, checked_at);
+
+CREATE TRIGGER append_only BEFORE UPDATE OR DELETE OR TRUNCATE ON ops.check_results
+FOR EACH STATEMENT EXECUTE FUNCTION raw.refuse_change();
+ALTER TABLE ops.check_results ENABLE ALWAYS TRIGGER append_only;
+GRANT SELECT ON ops.check_results TO de_dw_pipeline, de_dw_reader;
+-- Not checked_at: it is the server's.
+GRANT INSERT (table_name, check_name, severity, batch_id, load_ids, offending, examples, is_accepted)
+ON ops.check_results TO de_dw_pipeline;
+
+CREATE VIEW ops.last_checks AS
+WITH newest AS (
+    SELECT
+        table_name,
+        max(checked_at) AS checked_at
+    FROM ops.check_results
+    GROUP BY table_name
+)
+
+SELECT
+    r.table_name,
+    r.check_name,
+    r.severity,
+    r.offending,
+    r.examples,
+    r.batch_id,
+    r.load_ids,
+    r.checked_at,
+    CASE
+        WHEN r.offending = 0 THEN 'passed'
+        WHEN r.severity = 'warn' THEN 'warned'
+        WHEN r.is_accepted THEN 'accepted'
+        ELSE 'failed'
+    END AS outcome
+FROM ops.check_results AS r
+INNER JOIN newest ON r.table_name = newest.table_name AND r.checked_at = newest.checked_at;
+COMMENT ON VIEW ops.last_checks IS 'One row per check of a staging table, as it came out the last time.';
+COMMENT ON COLUMN ops.last_checks.table_name IS 'The staging table, without its schema.';
+COMMENT ON COLUMN ops.last_checks.check_name IS 'The check.';
+COMMENT ON COLUMN ops.last_checks.severity IS 'fail or warn.';
+COMMENT ON COLUMN ops.last_checks.outcome IS
+'passed; warned; failed: the refresh did not begin; accepted: it would have failed, but the run was told to go on.';
+COMMENT ON COLUMN ops.last_checks.offending IS 'Rows that it found.';
+COMMENT ON COLUMN ops.last_checks.examples IS 'Some of these rows, as a JSON array of objects.';
+COMMENT ON COLUMN ops.last_checks.batch_id IS 'The batch whose run asked.';
+COMMENT ON COLUMN ops.last_checks.load_ids IS 'The loads that it looked at.';
+COMMENT ON COLUMN ops.last_checks.checked_at IS 'When.';
+GRANT SELECT ON ops.last_checks TO de_dw_pipeline, de_dw_reader;
+
+CREATE VIEW ops.loads AS
+SELECT
+    l.table_name,
+    l.load_id,
+    l.batch_id,
+    l.source,
+    l.sha256,
+    l.bytes,
+    l.rows,
+    l.rejects,
+    m.seconds,
+    l.batch_updated_at,
+    l.repeat_of,
+    l.started_at,
+    l.finished_at,
+    waiting.staging_tables AS waits_for,
+    l.bytes / 1e6 / greatest(m.seconds, 0.001) AS mb_per_second
+FROM raw.loads AS l
+CROSS JOIN LATERAL (SELECT extract(EPOCH FROM l.finished_at - l.started_at)::float8 AS seconds) AS m -- noqa: ST05
+CROSS JOIN LATERAL (
+    SELECT array_agg(p.table_name ORDER BY p.table_name ASC) AS staging_tables
+    FROM stg.pending_loads AS p
+    WHERE p.load_id = l.load_id
+) AS waiting;
+COMMENT ON VIEW ops.loads IS 'One row per committed load, with its time, its speed, and who has still to take it in.';
+COMMENT ON COLUMN ops.loads.table_name IS 'The table that was loaded, with its schema.';
+COMMENT ON COLUMN ops.loads.load_id IS 'Which load; the rows it brought carry it.';
+COMMENT ON COLUMN ops.loads.batch_id IS 'The batch''s name: of a DAG run its run_id.';
+COMMENT ON COLUMN ops.loads.source IS 'Where the bytes came from: the path of the file.';
+COMMENT ON COLUMN ops.loads.sha256 IS 'SHA-256 of the file''s bytes, in hexadecimal.';
+COMMENT ON COLUMN ops.loads.bytes IS 'Size of the file in bytes, header included.';
+COMMENT ON COLUMN ops.loads.rows IS 'Rows that the load brought.';
+COMMENT ON COLUMN ops.loads.rejects IS 'Records that it left out: see the table of that name with _rejects behind it.';
+COMMENT ON COLUMN ops.loads.seconds IS 'From the beginning of its transaction until the last row was in.';
+COMMENT ON COLUMN ops.loads.mb_per_second IS 'Bytes of the file by these seconds, in millions.';
+COMMENT ON COLUMN ops.loads.batch_updated_at IS 'The updated_at that all rows of the batch share, if they do.';
+COMMENT ON COLUMN ops.loads.repeat_of IS 'The first load of the same bytes, when this one was told to load them again.';
+COMMENT ON COLUMN ops.loads.started_at IS 'When its transaction began.';
+COMMENT ON COLUMN ops.loads.finished_at IS 'When the last row was in, just before COMMIT.';
+COMMENT ON COLUMN ops.loads.waits_for IS
+'Staging tables that have not taken it in yet, without their schema; NULL when there is none.';
+GRANT SELECT ON ops.loads TO de_dw_pipeline, de_dw_reader;
+
+CREATE VIEW ops.tables AS
+SELECT
+    v.table_name,
+    v.source_table,
+    status.table_rows,
+    status.pending_loads,
+    status.pending_rows,
+    loads.last_loaded_at,
+    loads.last_batch_updated_at,
+    applied.last_applied_at,
+    coalesce(loads.loads, 0) AS loads,
+    coalesce(loads.rows, 0) AS source_rows,
+    coalesce(loads.rejects, 0) AS rejects,
+    pg_total_relation_size(to_regclass(format('stg.%I', v.table_name || '_live'))) AS table_bytes,
+    pg_total_relation_size(
+        to_regclass(format('%I.%I', split_part(v.source_table, '.', 1), split_part(v.source_table, '.', 2)))
+    ) AS source_bytes
+FROM stg.table_versions AS v
+INNER JOIN stg.refresh_status AS status ON v.table_name = status.table_name
+LEFT JOIN LATERAL (
+    SELECT
+        count(*) AS loads,
+        sum(l.rows)::bigint AS rows,
+        sum(l.rejects)::bigint AS rejects,
+        max(l.finished_at) AS last_loaded_at,
+        max(l.batch_updated_at) AS last_batch_updated_at
+    FROM raw.loads AS l
+    WHERE l.table_name = v.source_table
+) AS loads ON true
+LEFT JOIN LATERAL (
+    SELECT max(a.applied_at) AS last_applied_at
+    FROM stg.applied_loads AS a
+    WHERE a.table_name = v.table_name
+) AS applied ON true;
+COMMENT ON VIEW ops.tables IS 'One row per staging table: how large and how fresh it is, and what it is made from.';
+COMMENT ON COLUMN ops.tables.table_name IS 'The staging table, without its schema.';
+COMMENT ON COLUMN ops.tables.source_table IS 'The table it is made from, with its schema.';
+COMMENT ON COLUMN ops.tables.table_rows IS 'Its rows, one per key, as last estimated by ANALYZE.';
+COMMENT ON COLUMN ops.tables.table_bytes IS 'Its size on disk in bytes, indexes included, without the spare.';
+COMMENT ON COLUMN ops.tables.source_rows IS 'Rows that the loads brought to the source: all versions of all keys.';
+COMMENT ON COLUMN ops.tables.source_bytes IS 'Size of the source on disk in bytes, indexes included.';
+COMMENT ON COLUMN ops.tables.loads IS 'Committed loads of the source.';
+COMMENT ON COLUMN ops.tables.rejects IS 'Records that these loads left out.';
+COMMENT ON COLUMN ops.tables.last_loaded_at IS 'When the last row of the newest load was in.';
+COMMENT ON COLUMN ops.tables.last_batch_updated_at IS
+'The newest moment that a batch stands for, where the ledger says it.';
+COMMENT ON COLUMN ops.tables.last_applied_at IS 'When a refresh last took in a load.';
+COMMENT ON COLUMN ops.tables.pending_loads IS 'Committed loads that it has not taken in.';
+COMMENT ON COLUMN ops.tables.pending_rows IS 'Rows that those loads brought to the source.';
+GRANT SELECT ON ops.tables TO de_dw_pipeline, de_dw_reader;
+
+-- It reads all of the source, as nothing else does that is shown: a function, so that nobody asks by mistake.
+CREATE FUNCTION ops.versions_per_key(table_name text) RETURNS TABLE (versions bigint, keys bigint)
+LANGUAGE plpgsql
+STABLE
+SET search_path = pg_catalog, pg_temp
+AS $$
+DECLARE
+    source text;
+    key_columns text;
+BEGIN
+    SELECT format('%I.%I', n.nspname, c.relname) INTO source
+    FROM stg.table_versions AS v
+    INNER JOIN pg_namespace AS n ON starts_with(v.source_table, n.nspname || '.')
+    INNER JOIN pg_class AS c ON n.oid = c.relnamespace AND v.source_table = n.nspname || '.' || c.relname
+    WHERE v.table_name = versions_per_key.table_name;
+    SELECT string_agg(quote_ident(a.attname), ', ') INTO key_columns
+    FROM pg_index AS i
+    INNER JOIN pg_attribute AS a ON i.indrelid = a.attrelid AND a.attnum = ANY (i.indkey)
+    WHERE i.indrelid = to_regclass(format('stg.%I', versions_per_key.table_name)) AND i.indisprimary;
+    IF source IS NULL OR key_columns IS NULL THEN
+        RAISE EXCEPTION 'stg.table_versions does not say what stg.% is made from', table_name
+            USING HINT = 'SELECT table_name FROM stg.table_versions; names the staging tables.';
+    END IF;
+    RETURN QUERY EXECUTE format(
+        'SELECT k.versions, count(*) AS keys
+        FROM (SELECT count(*) AS versions FROM %s GROUP BY %s) AS k
+        GROUP BY k.versions ORDER BY k.versions ASC',
+        source, key_columns
+    );
+END
+$$;
+COMMENT ON FUNCTION ops.versions_per_key(text) IS
+'How many keys of a staging table have how many rows in its source: one row per number of versions. Reads all of the
+source. Takes the staging table''s name without schema.';
+REVOKE EXECUTE ON FUNCTION ops.versions_per_key(text) FROM public;
+GRANT EXECUTE ON FUNCTION ops.versions_per_key(text) TO de_dw_pipeline, de_dw_reader;
