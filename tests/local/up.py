@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -81,12 +82,20 @@ class Up:
                 stderr=file,
                 start_new_session=True,
             )
-        wait_until(lambda: "Ctrl-C stops it" in self.output.read_text() or self.process.poll() is not None, 120)
-        assert self.process.poll() is None, self.output.read_text()
+        self._wait_for_start()
         (self.password,) = re.findall(r"password (\S+)", self.output.read_text())
-        (self.warehouse,) = re.findall(r"WAREHOUSE_URL=(\S+)", self.output.read_text())
+        # an absolute path in it has the copy's space, percent-encoded
+        (self.warehouse,) = re.findall(r"WAREHOUSE_URL='?([^\s']+)", self.output.read_text())
         self.token = ""
         self.token = self.call("POST", "/auth/token", {"username": "admin", "password": self.password})["access_token"]
+
+    def _wait_for_start(self) -> None:
+        try:
+            wait_until(lambda: "Ctrl-C stops it" in self.output.read_text() or self.process.poll() is not None, 240)
+        except BaseException:
+            self.stop(signal.SIGTERM)
+            raise
+        assert self.process.poll() is None, self.output.read_text()
 
     def call(self, method: str, path: str, body: Any = None) -> Any:
         request = urllib.request.Request(  # noqa: S310

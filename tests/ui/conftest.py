@@ -1,0 +1,156 @@
+"""The UI of make up in Chromium: one of each for all tests here, and a picture of how each test ended.
+
+The pictures are in .run/screenshots, or where SCREENSHOTS says. CHROMIUM names a browser that is not on the PATH.
+"""
+
+import os
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psycopg
+import pytest
+from playwright.sync_api import Browser, ConsoleMessage, FrameLocator, Page, expect, sync_playwright
+from psycopg.conninfo import make_conninfo
+
+from tests.conftest import ROOT
+from tests.local.up import Up, a_free_port, copy_working_tree, lend_environment
+
+# A slow machine with two cores runs Airflow, PostgreSQL, a browser and other tests at once.
+PATIENCE = 90_000  # milliseconds
+PICTURES = Path(os.environ.get("SCREENSHOTS") or ROOT / ".run" / "screenshots")
+# What Airflow 3.3's own pages have in the console, by text and place.
+AIRFLOWS_OWN = [
+    ("401 (Unauthorized)", "/ui/config"),  # asked before it shows the login
+]
+
+
+def chromium() -> str:
+    names = ("chromium", "chromium-browser", "google-chrome")
+    found = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, names)), None)
+    if not found:
+        pytest.skip("no Chromium for the tests of the UI: apt-get install chromium, or name one in CHROMIUM")
+    return found
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    path = chromium()
+    # Until the end of the file only: its event loop would be in the way of others in this process.
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=["--disable-background-networking"])
+        expect.set_options(timeout=PATIENCE)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def up(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
+    """make up on empty databases; it also has the DAG of downstream.py."""
+    clone = copy_working_tree(tmp_path_factory.mktemp("ui") / "a warehouse")
+    lend_environment(clone)
+    shutil.copy(Path(__file__).with_name("downstream.py"), clone / "dags")
+    running = Up(clone, a_free_port())
+    yield running
+    running.stop(signal.SIGTERM)
+
+
+@dataclass
+class Window:
+    """A browser's window on the UI, without a login or with one."""
+
+    page: Page
+    up: Up
+    errors: list[str] = field(default_factory=list)
+    #: what a test brings about on purpose, as a part of the error
+    expected: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.page.set_default_timeout(PATIENCE)
+        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
+        self.page.on("console", self._note)
+
+    def _note(self, message: ConsoleMessage) -> None:
+        place = message.location.get("url", "")
+        known = any(text in message.text and place.endswith(end) for text, end in AIRFLOWS_OWN)
+        text = f"{message.text} ({place})"
+        if message.type == "error" and not known and not any(part in text for part in self.expected):
+            self.errors.append(text)
+
+    def open(self, path: str) -> None:
+        self.page.goto(self.up.base + path)
+
+    def log_in(self, password: str) -> None:
+        self.page.get_by_label("Username").fill("admin")
+        self.page.get_by_label("Password").fill(password)
+        self.page.get_by_role("button", name="Sign in").click()
+
+    def navigate(self, *names: str) -> None:
+        """By the bar on the left."""
+        for name in names:
+            self.page.get_by_role("link", name=name, exact=True).last.click()
+
+    def warehouse_page(self) -> FrameLocator:
+        self.navigate("Warehouse")
+        return self.page.frame_locator("iframe")
+
+    def picture(self, name: str) -> None:
+        """Once everything is there, and nothing moves any more."""
+        self.page.wait_for_load_state("networkidle")
+        self.page.wait_for_timeout(1_000)
+        self.page.screenshot(path=PICTURES / f"{name}.png")
+
+
+@pytest.fixture(scope="module")
+def session(browser: Browser, up: Up, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a browser keeps of a login."""
+    kept = tmp_path_factory.mktemp("session") / "state.json"
+    with browser.new_context() as context:
+        window = Window(context.new_page(), up)
+        window.open("/")
+        window.log_in(up.password)
+        expect(window.page.get_by_role("heading", name="Welcome")).to_be_visible()
+        context.storage_state(path=kept)
+    return kept
+
+
+@pytest.fixture
+def open_window(browser: Browser, up: Up, request: pytest.FixtureRequest) -> Iterator[Callable[[Path | None], Window]]:
+    windows: list[Window] = []
+
+    def open_(session: Path | None) -> Window:
+        context = browser.new_context(
+            viewport={"width": 1280, "height": 800}, locale="en-GB", timezone_id="UTC", storage_state=session
+        )
+        windows.append(Window(context.new_page(), up))
+        return windows[-1]
+
+    yield open_
+    for window in windows:
+        window.page.screenshot(path=PICTURES / f"{request.node.name}.png")
+        window.page.context.close()
+    assert [error for window in windows for error in window.errors] == []
+
+
+@pytest.fixture
+def window(open_window: Callable[[Path | None], Window], session: Path) -> Window:
+    return open_window(session)
+
+
+@pytest.fixture
+def stranger(open_window: Callable[[Path | None], Window]) -> Window:
+    """Without a login."""
+    return open_window(None)
+
+
+@pytest.fixture
+def warehouse(up: Up) -> Iterator[psycopg.Connection[tuple[object, ...]]]:
+    """The warehouse as its owner."""
+    with psycopg.connect(up.warehouse, autocommit=True) as conn:
+        yield conn
+
+
+def server_url(up: Up) -> str:
+    return make_conninfo(up.warehouse, dbname="postgres")

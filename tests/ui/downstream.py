@@ -1,0 +1,19 @@
+"""Runs by itself after every refresh of stg.orders_latest, and says what came."""
+
+from typing import Any
+
+from airflow.sdk import Asset, dag, task
+
+LATEST = Asset.ref(name="stg.orders_latest")
+
+
+@dag(schedule=[LATEST])
+def downstream() -> None:
+    @task
+    def report(triggering_asset_events: Any = None) -> list[str]:
+        return [event.extra["summary"] for event in triggering_asset_events[LATEST]]
+
+    report()
+
+
+downstream()
