@@ -13,13 +13,13 @@ from pathlib import Path
 import psycopg
 import pytest
 from playwright.sync_api import Browser, ConsoleMessage, FrameLocator, Page, expect, sync_playwright
-from psycopg.conninfo import make_conninfo
 
 from tests.conftest import ROOT
 from tests.local.up import Up, a_free_port, copy_working_tree, lend_environment
 
 # A slow machine with two cores runs Airflow, PostgreSQL, a browser and other tests at once.
 PATIENCE = 90_000  # milliseconds
+WIDTH, HEIGHT = 1280, 800
 PICTURES = Path(os.environ.get("SCREENSHOTS") or ROOT / ".run" / "screenshots")
 # What Airflow 3.3's own pages have in the console, by text and place.
 AIRFLOWS_OWN = [
@@ -96,11 +96,16 @@ class Window:
         self.navigate("Warehouse")
         return self.page.frame_locator("iframe")
 
-    def picture(self, name: str) -> None:
-        """Once everything is there, and nothing moves any more."""
+    def picture(self, name: str, height: int = HEIGHT) -> None:
+        """Once everything is there, and nothing moves any more.
+
+        :param height: of the window meanwhile, in pixels.
+        """
+        self.page.set_viewport_size({"width": WIDTH, "height": height})
         self.page.wait_for_load_state("networkidle")
         self.page.wait_for_timeout(1_000)
         self.page.screenshot(path=PICTURES / f"{name}.png")
+        self.page.set_viewport_size({"width": WIDTH, "height": HEIGHT})
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +127,7 @@ def open_window(browser: Browser, up: Up, request: pytest.FixtureRequest) -> Ite
 
     def open_(session: Path | None) -> Window:
         context = browser.new_context(
-            viewport={"width": 1280, "height": 800}, locale="en-GB", timezone_id="UTC", storage_state=session
+            viewport={"width": WIDTH, "height": HEIGHT}, locale="en-GB", timezone_id="UTC", storage_state=session
         )
         windows.append(Window(context.new_page(), up))
         return windows[-1]
@@ -150,7 +155,3 @@ def warehouse(up: Up) -> Iterator[psycopg.Connection[tuple[object, ...]]]:
     """The warehouse as its owner."""
     with psycopg.connect(up.warehouse, autocommit=True) as conn:
         yield conn
-
-
-def server_url(up: Up) -> str:
-    return make_conninfo(up.warehouse, dbname="postgres")
