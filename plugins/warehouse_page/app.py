@@ -70,6 +70,7 @@ def app() -> FastAPI:
 def render(request: Request, template: str, status: int = 200, **values: Any) -> HTMLResponse:
     here = request.scope["root_path"]
     values |= {
+        "status": status,
         "here": here,
         "airflow": here.rpartition("/")[0],  # what we are mounted in
         "documents": documents.names(),

@@ -34,6 +34,7 @@ KNOWN_TO_LIBPQ = {option.keyword.decode() for option in pq.Conninfo.get_defaults
 LOADS_A_PAGE = 50
 REJECTS_A_PAGE = 100
 PENDING_SHOWN = 10
+CHECKS_SHOWN = 100
 CHARACTERS = 1000  # of a rejected record; it may have a gigabyte
 COUNT_VERSIONS_UP_TO = 2_000_000  # rows: more than that takes longer than anybody waits for a page
 
@@ -54,6 +55,7 @@ SELECT *
 FROM ops.last_checks
 WHERE table_name = %(table)s
 ORDER BY array_position(ARRAY['failed', 'accepted', 'warned', 'passed'], outcome) ASC, check_name ASC
+LIMIT %(checks)s
 """
 CONSTRAINTS = """
 SELECT conname AS name, pg_get_constraintdef(oid, true) AS rule
@@ -256,6 +258,7 @@ async def overview(conn: Warehouse, table: str | None, before: int | None = None
         "after": after,
         "loads": LOADS_A_PAGE + 1,
         "pending": PENDING_SHOWN,
+        "checks": CHECKS_SHOWN,
     }
     about = await _rows(conn, TABLE, asked)
     (key,) = await _rows(conn, KEY, asked)
@@ -266,7 +269,7 @@ async def overview(conn: Warehouse, table: str | None, before: int | None = None
         loads=await _loads(conn, asked),
         checks=await _rows(conn, CHECKS, asked),
         constraints=await _rows(conn, CONSTRAINTS, asked),
-        pending=await _rows(conn, PENDING, asked),
+        pending=await _rows(conn, PENDING, asked) if about and about[0]["pending_loads"] else [],
     )
 
 

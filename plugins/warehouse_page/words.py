@@ -29,8 +29,8 @@ def size(amount: float) -> str:
 
 def seconds(duration: float) -> str:
     """0.0123 as 0.01 s, 75 as 1 min 15 s."""
-    if duration < 9.95:
-        return f"{duration:.2g} s" if duration >= 0.1 else f"{duration:.2f} s"
+    if duration < 9.995:
+        return f"{duration:.2f} s"
     whole = round(duration)
     if whole < 60:
         return f"{whole} s"
