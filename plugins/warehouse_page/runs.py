@@ -36,10 +36,10 @@ def look_up(user: BaseUser, assets: Iterable[str], batches: Iterable[str]) -> Ru
             .where(AssetModel.name.in_(list(assets)))
             .distinct()
         ).all()
-        runs = session.execute(
+        found = session.execute(
             select(DagRun.run_id, DagRun.dag_id).where(DagRun.dag_id.in_(producers), DagRun.run_id.in_(list(batches)))
         )
-        dags = dict(runs.tuples().all())
+        dags = {row.run_id: row.dag_id for row in found}
     manager = get_auth_manager()
     asked: list[str | None] = [*producers] or [None]
     may_see = all(
