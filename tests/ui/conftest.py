@@ -6,13 +6,13 @@ The pictures are in .run/screenshots, or where SCREENSHOTS says. CHROMIUM names 
 import os
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import psycopg
 import pytest
-from playwright.sync_api import Browser, ConsoleMessage, FrameLocator, Page, expect, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, FrameLocator, Page, expect, sync_playwright
 
 from tests.conftest import ROOT
 from tests.local.up import Up, a_free_port, copy_working_tree, lend_environment
@@ -40,7 +40,9 @@ def browser() -> Iterator[Browser]:
     path = chromium()
     # Until the end of the file only: its event loop would be in the way of others in this process.
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=["--disable-background-networking"])
+        browser = playwright.chromium.launch(
+            executable_path=path, args=["--disable-background-networking", "--disable-gpu"]
+        )
         expect.set_options(timeout=PATIENCE)
         yield browser
         browser.close()
@@ -108,46 +110,41 @@ class Window:
         self.page.set_viewport_size({"width": WIDTH, "height": HEIGHT})
 
 
+def new_context(browser: Browser) -> BrowserContext:
+    return browser.new_context(viewport={"width": WIDTH, "height": HEIGHT}, locale="en-GB", timezone_id="UTC")
+
+
 @pytest.fixture(scope="module")
-def session(browser: Browser, up: Up, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What a browser keeps of a login."""
-    kept = tmp_path_factory.mktemp("session") / "state.json"
-    with browser.new_context() as context:
-        window = Window(context.new_page(), up)
-        window.open("/")
-        window.log_in(up.password)
-        expect(window.page.get_by_role("heading", name="Welcome")).to_be_visible()
-        context.storage_state(path=kept)
-    return kept
+def session(browser: Browser, up: Up) -> Iterator[BrowserContext]:
+    """A browser that is logged in. It is one for all: Chromium takes 3 s to compile Airflow's pages for a new one."""
+    context = new_context(browser)
+    window = Window(context.new_page(), up)
+    window.open("/")
+    window.log_in(up.password)
+    expect(window.page.get_by_role("heading", name="Welcome")).to_be_visible()
+    window.page.close()
+    yield context
+    context.close()
+
+
+def closing(window: Window, test: pytest.Item) -> Iterator[Window]:
+    yield window
+    window.page.screenshot(path=PICTURES / f"{test.name}.png")
+    window.page.evaluate("localStorage.clear()")  # what a test has set in the UI, such as dark or the view of a DAG
+    window.page.close()
+    assert window.errors == []
 
 
 @pytest.fixture
-def open_window(browser: Browser, up: Up, request: pytest.FixtureRequest) -> Iterator[Callable[[Path | None], Window]]:
-    windows: list[Window] = []
-
-    def open_(session: Path | None) -> Window:
-        context = browser.new_context(
-            viewport={"width": WIDTH, "height": HEIGHT}, locale="en-GB", timezone_id="UTC", storage_state=session
-        )
-        windows.append(Window(context.new_page(), up))
-        return windows[-1]
-
-    yield open_
-    for window in windows:
-        window.page.screenshot(path=PICTURES / f"{request.node.name}.png")
-        window.page.context.close()
-    assert [error for window in windows for error in window.errors] == []
+def window(session: BrowserContext, up: Up, request: pytest.FixtureRequest) -> Iterator[Window]:
+    yield from closing(Window(session.new_page(), up), request.node)
 
 
 @pytest.fixture
-def window(open_window: Callable[[Path | None], Window], session: Path) -> Window:
-    return open_window(session)
-
-
-@pytest.fixture
-def stranger(open_window: Callable[[Path | None], Window]) -> Window:
+def stranger(browser: Browser, up: Up, request: pytest.FixtureRequest) -> Iterator[Window]:
     """Without a login."""
-    return open_window(None)
+    with new_context(browser) as context:
+        yield from closing(Window(context.new_page(), up), request.node)
 
 
 @pytest.fixture

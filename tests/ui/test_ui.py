@@ -37,7 +37,10 @@ WITH loaded AS (
         day + interval '3 hours',
         day + interval '3 hours' + rows * interval '2.5 microseconds' + interval '20 milliseconds' * (1 + n % 3)
     FROM (
-        SELECT n, now() - interval '1 day' * (500 - n) AS day, (1500 + 800 * sin(n / 3.5) + n)::bigint AS rows
+        SELECT
+            n,
+            now() - interval '1 day' * (500 - n) - interval '4 hours' AS day,
+            (1500 + 800 * sin(n / 3.5) + n)::bigint AS rows
         FROM generate_series(1, 500) AS n
     ) AS days
     RETURNING load_id, finished_at, batch_id
@@ -62,6 +65,11 @@ WHERE load_id = any(current_setting('de_dw.loads_to_apply')::bigint[]) AND order
 """
 
 
+FORM = {  # section: title of each field, and words of its description
+    "Batch|Run Parameters": {"Rows": "1 to 50 million", "Seed": "new versions of the same orders"},
+    "Load": {"Bad records allowed": "such as 1%", "Load again": "the same bytes before"},
+    "Publish": {"Checks to accept": "though these checks fail", "Refresh": "the fastest that is right"},
+}
 SUCCESS = re.compile("^Success$")
 
 
@@ -119,18 +127,18 @@ def test_run_that_is_triggered_by_the_form_turns_green(window: Window) -> None:
     window.open("/dags/orders")
     window.page.get_by_role("button", name="Trigger Dag").click()
     form = window.page.get_by_role("dialog")
-    for title, description in {
-        "Rows": "1 to 50 million",
-        "Seed": "new versions of the same orders",
-        "Bad records allowed": "such as 1%",
-        "Load again": "the same bytes before",
-        "Refresh": "the fastest that is right",
-    }.items():
-        field = form.get_by_role("group").filter(has_text=re.compile(f"^{title}"))
-        expect(field).to_contain_text(description)
-    form.get_by_label("Rows").fill("250")
-    form.get_by_role("group").filter(has_text="Bad records allowed").get_by_role("textbox").fill("1%")
-    window.picture("trigger")
+    for section, fields in FORM.items():
+        unfold = form.get_by_role("button", name=re.compile(section))
+        if unfold.get_attribute("aria-expanded") != "true":
+            unfold.click()
+        for title, description in fields.items():
+            field = form.get_by_role("group").filter(has_text=re.compile(f"^{title}"))
+            expect(field).to_contain_text(description)
+            if title == "Rows":
+                form.get_by_label("Rows").fill("250")
+                window.picture("trigger")
+            if title == "Bad records allowed":
+                field.get_by_role("textbox").fill("1%")
 
     form.get_by_role("button", name="Trigger", exact=True).click()
 
@@ -150,7 +158,6 @@ def test_log_of_a_load_says_what_came(window: Window, run_id: str) -> None:
     window.page.get_by_role("row").get_by_role("link", name="load_raw").click()
 
     expect(window.page.get_by_text(re.compile(r"raw\.orders: load \d+: 250 rows, .* MB in .* s")).first).to_be_visible()
-    window.picture("log")
 
 
 @pytest.mark.parametrize(
@@ -159,6 +166,7 @@ def test_log_of_a_load_says_what_came(window: Window, run_id: str) -> None:
         ("raw.orders", ["rows: 250", "rejects: 0", "sha256: "]),
         ("stg.orders_latest", ["rows: 250", "refresh: swap", "why: no load has been applied yet"]),
     ],
+    ids=["raw", "stg"],
 )
 def test_asset_tells_what_its_last_event_was(window: Window, run_id: str, asset: str, facts: list[str]) -> None:
     window.open("/")
@@ -169,7 +177,7 @@ def test_asset_tells_what_its_last_event_was(window: Window, run_id: str, asset:
     window.page.locator(".codicon-folding-collapsed").first.click()  # the newest event's extra, which is folded
 
     extra = window.page.locator(".view-lines").first
-    expect(extra).to_contain_text("}")
+    expect(extra).to_contain_text("rows")
     shown = re.sub(r"\s+", " ", extra.inner_text()).replace('"', "")
     for fact in facts:
         assert fact in shown
@@ -184,7 +192,6 @@ def test_dag_that_is_scheduled_on_the_staging_table_runs_by_itself(window: Windo
     window.page.get_by_role("row").get_by_role("link", name="report").click()
 
     expect(window.page.get_by_text(re.compile("stg.orders_latest: swap of 1 load, 250 rows")).first).to_be_visible()
-    window.picture("downstream")
 
 
 def test_warehouse_page_shows_a_run_s_load_and_leads_to_the_run(window: Window, run_id: str) -> None:
@@ -195,7 +202,6 @@ def test_warehouse_page_shows_a_run_s_load_and_leads_to_the_run(window: Window, 
     expect(row).to_contain_text("250")
     expect(row.locator(f"[title$='data/raw/orders-{run_id}.csv']")).to_be_visible()
     expect(page.locator("#versions")).to_contain_text("250")
-    window.picture("warehouse-one-load")
     row.get_by_role("link", name=run_id).click()
 
     expect(window.page).to_have_url(
@@ -295,7 +301,7 @@ def test_warehouse_that_is_down_is_said_and_comes_back_by_itself(
             expect(page.get_by_role("alert")).to_contain_text("Airflow itself works")  # within its 10 s, by itself
             window.picture("warehouse-down")
             window.navigate("Dags")
-            expect(window.page.get_by_role("link", name="orders", exact=True)).to_be_visible()
+            expect(window.page.locator("a[href='/dags/orders']")).to_be_visible()
             page = window.warehouse_page()
             expect(page.get_by_role("alert")).to_be_visible()
         finally:
