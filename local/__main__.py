@@ -112,6 +112,20 @@ def migrate_warehouse(console: Console, env: dict[str, str]) -> None:
         run([sys.executable, "-m", "alembic", "upgrade", "head"], env)
 
 
+def grant_reader(warehouse_url: str) -> None:
+    """Let the owner, as whom we log in, be de_dw_reader: the Warehouse page of the UI reads with its rights only.
+
+    From PostgreSQL 16 on an owner with CREATEROLE has made the role and may still not SET ROLE to it.
+    """
+    with psycopg.connect(warehouse_url) as conn:
+        option = "SET" if conn.info.server_version >= 160000 else "MEMBER"
+        (may,) = conn.execute("SELECT pg_has_role('de_dw_reader', %s)", (option,)).fetchone() or (False,)
+        if not may:
+            # Where the owner may not grant it the page says what is missing; all else works.
+            with suppress(psycopg.errors.InsufficientPrivilege):
+                conn.execute("GRANT de_dw_reader TO CURRENT_USER")
+
+
 def run(command: list[str], env: dict[str, str]) -> None:
     """Run a program to its end, its output in the log.
 
@@ -152,6 +166,7 @@ def up(console: Console, stack: ExitStack, port: int | None) -> None:
     port = free_port(port)
     env = open_databases(console, stack, port)
     migrate_warehouse(console, env)
+    grant_reader(env["WAREHOUSE_URL"])
     with console.step("airflow db migrate"):
         run([sys.executable, "-m", "airflow", "db", "migrate"], env)
     password = admin_password()

@@ -15,14 +15,16 @@ RUN = Path(os.environ.get("LOCAL_STATE", ROOT / ".run")).absolute()
 ADMIN = "admin"
 
 
-def airflow_connection(warehouse_url: str) -> str:
-    """The connection de_dw for AIRFLOW_CONN_DE_DW: the warehouse as the pipeline role, without the owner's rights.
+def airflow_connection(
+    warehouse_url: str, role: str = "de_dw_pipeline", application_name: str = "airflow orders"
+) -> str:
+    """A connection for AIRFLOW_CONN_...: the warehouse with the rights of a role, without the owner's.
 
-    :param warehouse_url: any libpq URL or connection string of a login that is a member of de_dw_pipeline.
+    :param warehouse_url: any libpq URL or connection string of a login that is a member of the role.
     """
     parts = {name: str(value) for name, value in conninfo_to_dict(warehouse_url).items() if value is not None}
-    parts["options"] = f"{parts.get('options', '')} -c role=de_dw_pipeline".strip()
-    parts.setdefault("application_name", "airflow orders")
+    parts["options"] = f"{parts.get('options', '')} -c role={role}".strip()
+    parts.setdefault("application_name", application_name)
     named = {"host": "host", "login": "user", "password": "password", "schema": "dbname"}
     connection: dict[str, object] = {key: parts.pop(part) for key, part in named.items() if part in parts}
     if "port" in parts:
@@ -36,9 +38,9 @@ def metadata_url(socket_dir: Path) -> str:
 
 
 def environment(warehouse_url: str, metadata: str, port: int) -> dict[str, str]:
-    """What Airflow is told by environment variables; one that is set already is left as it is, but for the connection.
+    """What Airflow is told by environment variables; one that is set already is left as it is, but for the connections.
 
-    :param warehouse_url: for Alembic, as the owner, and for the connection de_dw.
+    :param warehouse_url: for Alembic, as the owner, and for the connections de_dw (tasks) and de_dw_reader (the page).
     :param metadata: SQLAlchemy URL of Airflow's own database.
     :param port: of the UI and the API, on 127.0.0.1.
     """
@@ -47,10 +49,12 @@ def environment(warehouse_url: str, metadata: str, port: int) -> dict[str, str]:
     ours = {
         "WAREHOUSE_URL": warehouse_url,
         "AIRFLOW_CONN_DE_DW": airflow_connection(warehouse_url),
+        "AIRFLOW_CONN_DE_DW_READER": airflow_connection(warehouse_url, "de_dw_reader", "airflow warehouse page"),
         "AIRFLOW_HOME": str(home),
         "AIRFLOW__DATABASE__SQL_ALCHEMY_CONN": metadata,
         "AIRFLOW__CORE__EXECUTOR": "LocalExecutor",
         "AIRFLOW__CORE__DAGS_FOLDER": str(ROOT / "dags"),
+        "AIRFLOW__CORE__PLUGINS_FOLDER": str(ROOT / "plugins"),
         "AIRFLOW__CORE__LOAD_EXAMPLES": "False",
         "AIRFLOW__CORE__DAGS_ARE_PAUSED_AT_CREATION": "False",
         "AIRFLOW__CORE__FERNET_KEY": keys["fernet"],
@@ -73,7 +77,7 @@ def environment(warehouse_url: str, metadata: str, port: int) -> dict[str, str]:
     }
     theirs = {name: os.environ.get(name) or value for name, value in ours.items()}
     # One warehouse for Alembic and Airflow, whatever else is set.
-    return theirs | {name: ours[name] for name in ("WAREHOUSE_URL", "AIRFLOW_CONN_DE_DW")}
+    return theirs | {name: ours[name] for name in ("WAREHOUSE_URL", "AIRFLOW_CONN_DE_DW", "AIRFLOW_CONN_DE_DW_READER")}
 
 
 def admin_password() -> str:

@@ -37,6 +37,7 @@ from psycopg.conninfo import make_conninfo
 from stg_refresh import rows_written
 
 from local.postgres import DEBIAN_15, Server, embedded_binaries
+from local.settings import environment, metadata_url
 
 Met = TypeVar("Met")
 ROOT = Path(__file__).resolve().parents[1]
@@ -361,3 +362,30 @@ def s3() -> Iterator[S3]:
 def own_s3(request: pytest.FixtureRequest) -> Iterator[S3]:
     """One to stop and start, for the test alone."""
     yield from s3_server(**getattr(request, "param", {}))
+
+
+@pytest.fixture(scope="session")
+def airflow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Airflow with a metadata database of its own, in this process: one, for it reads its settings once."""
+    assert "airflow" not in sys.modules, "it has read its settings already, and would use ~/airflow"
+    home = tmp_path_factory.mktemp("airflow")
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        folder_for_a_server() as folder,
+        Server(folder, settings=FAST) as server,
+    ):
+        with psycopg.connect(server.url("postgres"), autocommit=True) as conn:
+            conn.execute("CREATE DATABASE airflow")
+        with pytest.MonkeyPatch.context() as state:
+            state.setattr("local.settings.RUN", home)
+            variables = environment("postgresql://", metadata_url(server.socket_dir), 8080)
+        for name, value in variables.items():
+            if name != "WAREHOUSE_URL":
+                patch.setenv(name, value)
+        patch.setenv("WAREHOUSE_DATA", str(home / "data"))
+        from airflow.settings import dispose_orm
+        from airflow.utils.db import initdb
+
+        initdb()
+        yield
+        dispose_orm()

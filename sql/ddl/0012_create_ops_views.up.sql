@@ -48,15 +48,8 @@ GRANT SELECT ON ops.check_results TO de_dw_pipeline, de_dw_reader;
 GRANT INSERT (table_name, check_name, severity, batch_id, load_ids, offending, examples, is_accepted)
 ON ops.check_results TO de_dw_pipeline;
 
+-- Of each table by itself, so that the index says which are the newest, however many there are.
 CREATE VIEW ops.last_checks AS
-WITH newest AS (
-    SELECT
-        table_name,
-        max(checked_at) AS checked_at
-    FROM ops.check_results
-    GROUP BY table_name
-)
-
 SELECT
     r.table_name,
     r.check_name,
@@ -72,8 +65,13 @@ SELECT
         WHEN r.is_accepted THEN 'accepted'
         ELSE 'failed'
     END AS outcome
-FROM ops.check_results AS r
-INNER JOIN newest ON r.table_name = newest.table_name AND r.checked_at = newest.checked_at;
+FROM stg.table_versions AS v
+INNER JOIN LATERAL (
+    SELECT max(c.checked_at) AS checked_at
+    FROM ops.check_results AS c
+    WHERE c.table_name = v.table_name
+) AS newest ON true
+INNER JOIN ops.check_results AS r ON v.table_name = r.table_name AND newest.checked_at = r.checked_at;
 COMMENT ON VIEW ops.last_checks IS 'One row per check of a staging table, as it came out the last time.';
 COMMENT ON COLUMN ops.last_checks.table_name IS 'The staging table, without its schema.';
 COMMENT ON COLUMN ops.last_checks.check_name IS 'The check.';
@@ -144,8 +142,14 @@ SELECT
     coalesce(loads.rows, 0) AS source_rows,
     coalesce(loads.rejects, 0) AS rejects,
     pg_total_relation_size(to_regclass(format('stg.%I', v.table_name || '_live'))) AS table_bytes,
-    pg_total_relation_size(
-        to_regclass(format('%I.%I', split_part(v.source_table, '.', 1), split_part(v.source_table, '.', 2)))
+    -- The name is without quotes, so only the catalog knows which of its dots ends the schema.
+    (
+        SELECT pg_total_relation_size(c.oid)
+        FROM pg_namespace AS n
+        INNER JOIN pg_class AS c ON n.oid = c.relnamespace
+        WHERE
+            starts_with(v.source_table, n.nspname || '.')
+            AND c.relname = substr(v.source_table, length(n.nspname) + 2)
     ) AS source_bytes
 FROM stg.table_versions AS v
 INNER JOIN stg.refresh_status AS status ON v.table_name = status.table_name

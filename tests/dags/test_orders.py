@@ -6,49 +6,20 @@ import re
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import psycopg
 import pytest
 from batch_store import open_source
 
-from local.postgres import Server
-from local.settings import airflow_connection, environment, metadata_url
-from tests.conftest import FAST, ROOT, S3, SWAP, VERIFY, Warehouse, folder_for_a_server
+from local.settings import airflow_connection
+from tests.conftest import ROOT, S3, SWAP, VERIFY, Warehouse
 
 RUN = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 KINDS = ("swap", "union", "merge")
-
-
-@pytest.fixture(scope="session")
-def airflow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Airflow with a metadata database of its own, in this process."""
-    assert "airflow" not in sys.modules, "it has read its settings already, and would use ~/airflow"
-    home = tmp_path_factory.mktemp("airflow")
-    with (
-        pytest.MonkeyPatch.context() as patch,
-        folder_for_a_server() as folder,
-        Server(folder, settings=FAST) as server,
-    ):
-        with psycopg.connect(server.url("postgres"), autocommit=True) as conn:
-            conn.execute("CREATE DATABASE airflow")
-        with pytest.MonkeyPatch.context() as state:
-            state.setattr("local.settings.RUN", home)
-            variables = environment("postgresql://", metadata_url(server.socket_dir), 8080)
-        for name, value in variables.items():
-            if name != "WAREHOUSE_URL":
-                patch.setenv(name, value)
-        patch.setenv("WAREHOUSE_DATA", str(home / "data"))
-        from airflow.settings import dispose_orm
-        from airflow.utils.db import initdb
-
-        initdb()
-        yield
-        dispose_orm()
 
 
 @pytest.fixture
