@@ -17,7 +17,9 @@ from batch_store import open_source
 
 from local.postgres import Server
 from local.settings import airflow_connection, environment, metadata_url
-from tests.conftest import FAST, ROOT, S3, SWAP, VERIFY, Warehouse, folder_for_a_server
+from tests.conftest import SWAP, VERIFY
+from tests.s3 import S3
+from tests.warehouse import FAST, ROOT, Warehouse, folder_for_a_server
 
 RUN = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 KINDS = ("swap", "union", "merge")

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from tests.conftest import ROOT, Warehouse
+from tests.warehouse import ROOT, Warehouse
 
 TEXT = (ROOT / "docs" / "operations.md").read_text()
 SOURCES = "".join(
