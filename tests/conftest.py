@@ -59,6 +59,18 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """With pytest -n the tests of one file on one server follow each other in one process, for they share fixtures."""
     from xdist.scheduler import LoadScopeScheduling
 
+    class KeepToItsServer(LoadScopeScheduling):  # type: ignore[misc]
+        """A process goes on with the server that it has started, as long as there is work for it."""
+
+        def _assign_work_unit(self, node: Any) -> None:
+            used = {scope.partition(" ")[2] for scope in self.assigned_work[node]} - {""}
+            mine = [scope for scope in self.workqueue if not used or scope.partition(" ")[2] in used]
+            others = {scope.partition(" ")[2] for work in self.assigned_work.values() for scope in work}
+            free = [scope for scope in mine if used or scope.partition(" ")[2] not in others]
+            for scope in (free or mine)[:1]:
+                self.workqueue.move_to_end(scope, last=False)
+            super()._assign_work_unit(node)
+
     def file_and_server(nodeid: str) -> str:
         file, _, test = nodeid.partition("::")
         # those of make demo share a clone with an installation in it
@@ -66,6 +78,6 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
         return f"{file} {server}"
 
     config.option.loadscopereorder = False  # by number of tests
-    scheduler = LoadScopeScheduling(config, log)
+    scheduler = KeepToItsServer(config, log)
     scheduler._split_scope = file_and_server
     return scheduler

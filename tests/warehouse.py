@@ -21,7 +21,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager, suppress
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
@@ -53,23 +54,29 @@ RESET SESSION AUTHORIZATION; RESET ALL; DISCARD SEQUENCES; DISCARD TEMP; UNLISTE
 """
 
 
-@dataclass(frozen=True)
 class DatabaseServer:
-    """A server that databases may be made on. `admin` is a superuser's conninfo, `binaries` has psql and pg_dump."""
+    """A server to make databases on, in a session that is kept: to begin one takes half as long as a clone.
 
-    admin: str
-    binaries: Path
-    _kept: list[psycopg.Connection[Any]] = field(default_factory=list, compare=False, repr=False)
+    :param admin: a superuser's conninfo.
+    :param binaries: folder that has psql and pg_dump.
+    """
+
+    def __init__(self, admin: str, binaries: Path) -> None:
+        self.admin, self.binaries = admin, binaries
+        self._worker = ThreadPoolExecutor(1, "databases")
+        self._session: psycopg.Connection[Any] | None = None
+        self._ahead: Future[str] | None = None
 
     def make(self, *, template: str = "template1", owner: str = "") -> str:
         """A new database: its conninfo, as the superuser or as its owner."""
-        name = f"test_{os.getpid()}_{next(NUMBERS)}"
-        # FILE_COPY: a third of the time of the default, which writes all pages to the WAL
-        query = sql.SQL("CREATE DATABASE {} TEMPLATE {} STRATEGY file_copy").format(
-            sql.Identifier(name), sql.Identifier(template)
-        )
-        self._administer(query + sql.SQL(" OWNER {}").format(sql.Identifier(owner)) if owner else query)
-        return make_conninfo(self.admin, dbname=name, **({"user": owner} if owner else {}))
+        return self._worker.submit(self._make, template, owner).result()
+
+    def clone(self) -> str:
+        """A new database with all migrations: the one that was made meanwhile, and the next is begun."""
+        made, self._ahead = self._ahead, None
+        url = made.result() if made else self.make(template=self.template)
+        self._ahead = self._worker.submit(self._make, self.template, "")
+        return url
 
     @cached_property
     def template(self) -> str:
@@ -78,26 +85,39 @@ class DatabaseServer:
         alembic(url, "upgrade", "head")
         return str(conninfo_to_dict(url)["dbname"])
 
-    def drop(self, conninfo: str) -> None:
-        name = str(conninfo_to_dict(conninfo)["dbname"])
-        self._administer(sql.SQL("DROP DATABASE IF EXISTS {} WITH (FORCE)").format(sql.Identifier(name)))
+    def drop(self, conninfo: str) -> Future[None]:
+        """Drop a database, and end who is in it: soon, or when the result is asked for."""
+        return self._worker.submit(self._drop, conninfo)
 
     def close(self) -> None:
-        """End our own session."""
-        while self._kept:
-            self._kept.pop().close()
+        """Drop what was made for us."""
+        if self._ahead:
+            self.drop(self._ahead.result())
+        if "template" in vars(self):
+            self.drop(make_conninfo(self.admin, dbname=self.template)).result()
 
-    def _administer(self, query: sql.Composed) -> None:
-        """In a session that is kept: to begin one takes as long as half of a clone."""
-        if self._kept:
-            # or the server was started anew since
-            with suppress(psycopg.OperationalError):
-                self._kept[0].execute("SELECT 1")
-                self._kept[0].execute(query)
-                return
-            self.close()
-        self._kept.append(psycopg.connect(self.admin, autocommit=True))
-        self._kept[0].execute(query)
+    def __del__(self) -> None:
+        self._worker.shutdown()
+        if self._session:
+            self._session.close()
+
+    def _make(self, template: str, owner: str) -> str:
+        name = f"test_{os.getpid()}_{next(NUMBERS)}"
+        # FILE_COPY: a third of the time of the default, which writes all pages to the WAL
+        query = sql.SQL("CREATE DATABASE {} TEMPLATE {} STRATEGY file_copy").format(
+            sql.Identifier(name), sql.Identifier(template)
+        )
+        self._execute(query + sql.SQL(" OWNER {}").format(sql.Identifier(owner)) if owner else query)
+        return make_conninfo(self.admin, dbname=name, **({"user": owner} if owner else {}))
+
+    def _drop(self, conninfo: str) -> None:
+        name = str(conninfo_to_dict(conninfo)["dbname"])
+        self._execute(sql.SQL("DROP DATABASE IF EXISTS {} WITH (FORCE)").format(sql.Identifier(name)))
+
+    def _execute(self, query: sql.Composed) -> None:
+        if self._session is None:
+            self._session = psycopg.connect(self.admin, autocommit=True)
+        self._session.execute(query)
 
 
 @dataclass(frozen=True)
@@ -121,7 +141,7 @@ class Warehouse:
             sql.SQL(", ").join(map(sql.Identifier, lines[0])),
             sql.SQL(", ").join([sql.Placeholder()] * len(lines[0])),
         )
-        with self._session(PIPELINE) as conn, conn.transaction():
+        with self._session(PIPELINE, "BEGIN") as conn:
             conn.execute(
                 "INSERT INTO raw.loads (table_name, batch_id, source, sha256, bytes, rows)"
                 " SELECT %s, id, 'test', encode(sha256(id::bytea), 'hex'), 0, %s"
@@ -129,8 +149,9 @@ class Warehouse:
                 " RETURNING set_config('de_dw.load_id', load_id::text, true)",
                 (table, len(lines) - 1),
             )
-            for line in lines[1:]:
-                conn.execute(query, [None if cell == "NULL" else cell for cell in line])
+            rows = [[None if cell == "NULL" else cell for cell in line] for line in lines[1:]]
+            conn.cursor().executemany(query, rows)
+            conn.execute("COMMIT")
 
     def run(self, transform: str, *, notices: list[str] | None = None, settings: str = "") -> int:
         """Run sql/transforms/<transform>.sql as Airflow does, and return the number of rows it wrote."""
@@ -148,42 +169,40 @@ class Warehouse:
 
     def rows(self, query: str, role: str = READER) -> list[tuple[Any, ...]]:
         """The result of a query, by default with an analyst's rights."""
-        with self._session(role) as conn, conn.transaction():
-            return conn.execute(query.encode()).fetchall()
+        with self._session(role, "BEGIN") as conn:
+            found = conn.execute(query.encode()).fetchall()
+            conn.execute("COMMIT")
+            return found
 
     def alter(self, statements: str, role: str = OWNER) -> None:
         """Do what a test is about, by default with the owner's rights."""
-        with self._session(role) as conn, conn.transaction():
+        with self._session(role, "BEGIN") as conn:
             conn.execute(statements.encode())
+            conn.execute("COMMIT")
 
     def verification(self, transform: str = "stg.orders_latest") -> tuple[int, ...]:
         """Rows of stg that are missing, extra and different, and how many were compared."""
         (found,) = self.rows(script_of(f"{transform}.verify"), PIPELINE)
         return found
 
-    def close(self) -> None:
-        """End the sessions that are kept."""
+    def __del__(self) -> None:
         while self._idle:
             self._idle.pop().close()
 
     @contextmanager
-    def _session(self, role: str) -> Iterator[psycopg.Connection[Any]]:
+    def _session(self, role: str, first: str = "") -> Iterator[psycopg.Connection[Any]]:
         """A session that an earlier call had, made like new, or a new one. After an error it is not used again.
 
         A backend spends more time on getting to know the database than on what a test asks of it.
         """
-        conn = None
-        with suppress(IndexError):  # at work in another thread, or there is none yet
+        begin = f"SET ROLE {role}; {first}" if role else f"RESET ROLE; {first}"
+        try:
             conn = self._idle.pop()
-        try:
-            if conn is not None:
-                conn.execute(AS_NEW)
-        except psycopg.OperationalError:  # the server was started anew since
-            conn = None
-        if conn is None:
+            conn.execute((AS_NEW + begin).encode())
+        except (IndexError, psycopg.OperationalError):  # none is free, or the server was started anew since
             conn = psycopg.connect(self.url, autocommit=True, prepare_threshold=None)
+            conn.execute(begin.encode())
         try:
-            conn.execute(sql.SQL("SET ROLE {}").format(sql.Identifier(role)) if role else "RESET ROLE")
             yield conn
         except BaseException:
             conn.close()
@@ -246,10 +265,7 @@ def start() -> Iterator[Callable[[str], DatabaseServer]]:
         @cache
         def start_(name: str) -> DatabaseServer:
             if name == "WAREHOUSE_URL":
-                running = DatabaseServer(os.environ[name], embedded_binaries())
-                stack.callback(running.close)
-                stack.callback(lambda: running.drop(make_conninfo(running.admin, dbname=running.template)))
-                return running
+                return stack.enter_context(closing(DatabaseServer(os.environ[name], embedded_binaries())))
             binaries = DEBIAN_15 if name == "postgres15" else embedded_binaries()
             server = stack.enter_context(Server(stack.enter_context(folder_for_a_server()), binaries, FAST))
             return stack.enter_context(closing(DatabaseServer(server.url("postgres"), binaries)))
@@ -264,9 +280,9 @@ def server(request: pytest.FixtureRequest, start: Callable[[str], DatabaseServer
 
 @pytest.fixture
 def warehouse(server: DatabaseServer) -> Iterator[Warehouse]:
-    with closing(Warehouse(server.make(template=server.template), server)) as made:
-        yield made
-    server.drop(made.url)
+    url = server.clone()
+    yield Warehouse(url, server)
+    server.drop(url)
 
 
 @pytest.fixture
