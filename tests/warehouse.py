@@ -97,7 +97,7 @@ class DatabaseServer:
             self.drop(make_conninfo(self.admin, dbname=self.template)).result()
 
     def __del__(self) -> None:
-        self._worker.shutdown()
+        self._worker.shutdown(wait=False)  # it may be the worker itself who lets go of us last
         if self._session:
             self._session.close()
 
