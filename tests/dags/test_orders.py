@@ -16,7 +16,9 @@ import pytest
 from batch_store import open_source
 
 from local.settings import airflow_connection
-from tests.conftest import ROOT, S3, SWAP, VERIFY, Warehouse
+from tests.conftest import SWAP, VERIFY
+from tests.s3 import S3
+from tests.warehouse import ROOT, Warehouse
 
 RUN = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 KINDS = ("swap", "union", "merge")

@@ -19,7 +19,8 @@ import psutil
 import psycopg
 import pytest
 
-from tests.conftest import ROOT, S3, DatabaseServer, wait_until
+from tests.s3 import S3
+from tests.warehouse import ROOT, DatabaseServer, wait_until
 
 TABLE = """\
   raw.orders         rows                            300
