@@ -12,7 +12,7 @@ import os
 import re
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -85,15 +85,23 @@ class Load:
     is_new: bool
     seconds: float
 
+    @property
+    def mb_per_second(self) -> float:
+        """Bytes of the file by the seconds, in millions."""
+        return self.bytes / 1e6 / max(self.seconds, 1e-3)
+
     def __str__(self) -> str:
         if not self.is_new:
             return f"already loaded as load {self.load_id}, batch {self.batch_id}: 0 new rows"
-        megabytes = self.bytes / 1e6
         rejects = f"{self.rejects:,} rejected, " if self.rejects else ""
         return (
-            f"load {self.load_id}: {self.rows:,} rows, {rejects}{megabytes:,.1f} MB in {self.seconds:.1f} s, "
-            f"{megabytes / max(self.seconds, 1e-3):,.1f} MB/s"
+            f"load {self.load_id}: {self.rows:,} rows, {rejects}{self.bytes / 1e6:,.1f} MB in {self.seconds:.1f} s, "
+            f"{self.mb_per_second:,.1f} MB/s"
         )
+
+    def report(self, table: str) -> dict[str, Any]:
+        """All of it by name, with mb_per_second, and a sentence on it as summary: for logs, XCom and events."""
+        return asdict(self) | {"mb_per_second": round(self.mb_per_second, 1), "summary": f"{table}: {self}"}
 
 
 def load_batch(

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from airflow.providers.common.sql.operators.sql import SQLExecuteQueryOperator
 from airflow.sdk import dag
-from stg_refresh import differences
+from run_report import differences, help_at, page, report_verification
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -21,10 +21,17 @@ ROOT = Path(__file__).resolve().parents[1]
     schedule=None,
     max_active_runs=1,
     catchup=False,
-    tags=["warehouse"],
+    tags=["warehouse", "orders"],
+    owner_links={"warehouse": page("plugin/warehouse")},
     doc_md=__doc__,
     template_searchpath=[str(ROOT / "sql" / "transforms")],
-    default_args={"retries": 3, "retry_delay": timedelta(seconds=10), "execution_timeout": timedelta(hours=2)},
+    default_args={
+        "owner": "warehouse",
+        "retries": 3,
+        "retry_delay": timedelta(seconds=10),
+        "execution_timeout": timedelta(hours=2),
+        "on_failure_callback": help_at("a-refresh-is-red"),
+    },
 )
 def verify_orders() -> None:
     SQLExecuteQueryOperator(
@@ -33,6 +40,7 @@ def verify_orders() -> None:
         sql="stg.orders_latest.verify.sql",
         handler=differences,
         hook_params={"log_sql": False},
+        post_execute=report_verification,
     )
 
 

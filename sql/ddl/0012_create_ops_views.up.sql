@@ -18,7 +18,7 @@ CREATE TABLE ops.check_results (
     batch_id text,
     load_ids bigint[] NOT NULL,
     offending bigint NOT NULL,
-    examples jsonb NOT NULL DEFAULT '[]',
+    examples json NOT NULL DEFAULT '[]',
     is_accepted boolean NOT NULL DEFAULT false,
     checked_at timestamptz NOT NULL DEFAULT now(),
     CONSTRAINT check_results_pkey PRIMARY KEY (result_id),

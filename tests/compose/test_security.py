@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 
 from tests.compose.stack import Stack, look_for_secrets, refused, try_to_become_more
-from tests.conftest import ROOT
+from tests.warehouse import ROOT
 
 pytestmark = pytest.mark.compose
 Tried = Callable[[str, str], None]

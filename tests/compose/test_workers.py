@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from tests.compose.stack import ROWS, Stack, look_for_secrets, refused, try_to_become_more
-from tests.conftest import S3
+from tests.s3 import S3
 
 pytestmark = pytest.mark.compose
 Tried = Callable[[str, str], None]

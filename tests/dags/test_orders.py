@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -15,7 +16,9 @@ import pytest
 from batch_store import open_source
 
 from local.settings import airflow_connection
-from tests.conftest import ROOT, S3, SWAP, VERIFY, Warehouse
+from tests.conftest import SWAP, VERIFY
+from tests.s3 import S3
+from tests.warehouse import ROOT, Warehouse
 
 RUN = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 KINDS = ("swap", "union", "merge")
@@ -95,7 +98,8 @@ def counts(warehouse: Warehouse) -> tuple[Any, ...]:
 def test_flow_is_generate_load_and_one_of_three_refreshes(parsed: Any) -> None:
     assert {task.task_id: sorted(task.downstream_task_ids) for task in parsed.tasks} == {
         "generate_batch": ["load_raw"],
-        "load_raw": ["choose_refresh"],
+        "load_raw": ["check_batch"],
+        "check_batch": ["choose_refresh"],
         "choose_refresh": ["merge_latest", "swap_latest", "union_latest"],
         "swap_latest": [],
         "union_latest": [],
@@ -104,6 +108,7 @@ def test_flow_is_generate_load_and_one_of_three_refreshes(parsed: Any) -> None:
     assert {task.task_id: [asset.name for asset in task.outlets] for task in parsed.tasks} == {
         "generate_batch": [],
         "load_raw": ["raw.orders"],
+        "check_batch": [],
         "choose_refresh": [],
         "swap_latest": ["stg.orders_latest"],
         "union_latest": ["stg.orders_latest"],
@@ -279,7 +284,7 @@ def test_load_is_tried_again_when_the_store_was_away(
 def test_object_that_is_missing_fails_at_once(
     on_s3: str, dag: Any, warehouse: Warehouse, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(GENERATE, lambda *_, **__: None)
+    monkeypatch.setattr(GENERATE, lambda *_, **__: 0)
 
     run = dag.test(logical_date=RUN, run_after=RUN)
 
@@ -298,22 +303,21 @@ def test_older_batch_that_comes_late_does_not_replace_newer_rows(dag: Any, wareh
 def test_assets_carry_the_row_counts_and_why_it_was_refreshed_so(dag: Any, warehouse: Warehouse) -> None:
     run = dag.test(logical_date=RUN, run_after=RUN, run_conf={"rows": 7})
 
-    why = "no load has been applied yet; 7 rows of 1 loads are pending, the table has about 0"
+    why = "no load has been applied yet; 7 rows of 1 load pending, the table has about 0"
     assert events(run)["raw.orders"]["rows"] == 7
-    assert events(run)["stg.orders_latest"] == {"rows": 7, "refresh": "swap", "why": why}
     (refresh,) = [task for task in run.get_task_instances() if task.task_id == "swap_latest"]
-    assert refresh.xcom_pull(task_ids="swap_latest") == 7
+    assert refresh.xcom_pull(task_ids="swap_latest") == {"loads": 1, "rows": 7}
     assert refresh.xcom_pull(task_ids="choose_refresh", key="refresh") == ["swap", why]
 
 
 def test_first_refresh_is_a_swap_then_few_rows_are_merged_and_many_swapped_in(dag: Any, warehouse: Warehouse) -> None:
     for hour, (rows, kind, why) in enumerate(
         [
-            (10, "swap", "no load has been applied yet; 10 rows of 1 loads are pending, the table has about 0"),
-            (2, "merge", "few; 2 rows of 1 loads are pending, the table has about 10"),
-            (5, "union", "many; 5 rows of 1 loads are pending, the table has about 10"),
-            (9, "union", "many; 9 rows of 1 loads are pending, the table has about 10"),
-            (1, "merge", "few; 1 rows of 1 loads are pending, the table has about 10"),
+            (10, "swap", "no load has been applied yet; 10 rows of 1 load pending, the table has about 0"),
+            (2, "merge", "few; 2 rows of 1 load pending, the table has about 10"),
+            (5, "union", "many; 5 rows of 1 load pending, the table has about 10"),
+            (9, "union", "many; 9 rows of 1 load pending, the table has about 10"),
+            (1, "merge", "few; 1 row of 1 load pending, the table has about 10"),
         ]
     ):
         moment = RUN + timedelta(hours=hour)
@@ -322,7 +326,8 @@ def test_first_refresh_is_a_swap_then_few_rows_are_merged_and_many_swapped_in(da
         assert run.state == "success"
         assert refresh_states(run) == only(kind)
         written = rows if kind == "merge" else 10
-        assert events(run)["stg.orders_latest"] == {"rows": written, "refresh": kind, "why": why}
+        event = events(run)["stg.orders_latest"]
+        assert (event["loads"], event["rows"], event["refresh"], event["why"]) == (1, written, kind, why)
 
     assert warehouse.verification() == (0, 0, 0, 10)
 
@@ -383,7 +388,7 @@ def test_refresh_that_is_cleared_runs_again_and_changes_nothing(dag: Any, wareho
 
     again = run_again(dag, run, f"{kind}_latest")
 
-    assert again == 0 if kind == "merge" else again == 10
+    assert again == {"loads": 0, "rows": 0 if kind == "merge" else 10}
     assert warehouse.rows("SELECT * FROM stg.orders_latest ORDER BY order_id") == published
     assert warehouse.rows("SELECT count(*) FROM stg.applied_loads") == [(2,)]
     assert warehouse.verification() == (0, 0, 0, 10)
@@ -401,11 +406,9 @@ def test_loads_whose_refresh_failed_are_published_by_the_next(dag: Any, warehous
     later = RUN + timedelta(hours=2)
     run = dag.test(logical_date=later, run_after=later, run_conf={"rows": 1, "refresh": "auto"})
 
-    assert events(run)["stg.orders_latest"] == {
-        "rows": 3,
-        "refresh": "merge",
-        "why": "few; 4 rows of 2 loads are pending, the table has about 20",
-    }
+    event = events(run)["stg.orders_latest"]
+    assert (event["loads"], event["rows"], event["refresh"]) == (2, 3, "merge")
+    assert event["why"] == "few; 4 rows of 2 loads pending, the table has about 20"
     assert warehouse.verification() == (0, 0, 0, 20)
 
 
@@ -421,7 +424,7 @@ def test_verification_is_red_at_once_when_somebody_else_wrote_and_green_after_a_
     dag: Any, warehouse: Warehouse, verify: Callable[[], Any], tampering: str, found: str
 ) -> None:
     from airflow.sdk.exceptions import AirflowFailException
-    from stg_refresh import differences
+    from run_report import differences
 
     assert dag.test(logical_date=RUN, run_after=RUN, run_conf={"rows": 10}).state == "success"
     assert verify().state == "success"
@@ -513,9 +516,9 @@ order_id,customer_name,customer_email,product,quantity,unit_price,currency,statu
 def write_file(content: str) -> Any:
     """What stands in for the generator: a file as somebody might deliver it."""
 
-    def write(path: Path, **_: Any) -> None:
+    def write(path: Path, **_: Any) -> int:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(content)
+        return path.write_text(content)
 
     return write
 
@@ -525,6 +528,108 @@ def raise_(error: Exception) -> Any:
         raise error
 
     return fail
+
+
+def summaries(run: Any) -> dict[str, str]:
+    """The sentence of each task that has run."""
+    instances = [task for task in run.get_task_instances() if task.state in ("success", "failed")]
+    return {task.task_id: task.xcom_pull(task_ids=task.task_id, key="summary") for task in instances}
+
+
+def test_each_task_says_in_one_sentence_what_it_did(
+    dag: Any, warehouse: Warehouse, verify: Callable[[], Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    run = dag.test(logical_date=RUN, run_after=RUN, run_conf={"rows": 1000})
+
+    ((path, size),) = warehouse.rows("SELECT source, bytes FROM raw.loads")
+    said = summaries(run)
+    seconds = r"\d+\.\d s"
+    for task, sentence in {
+        "generate_batch": rf"{re.escape(path)}: 1,000 orders, 0\.2 MB in {seconds}",
+        "load_raw": rf"raw\.orders: load 1: 1,000 rows, 0\.2 MB in {seconds}, [\d.]+ MB/s",
+        "check_batch": r"stg\.orders_latest: 5 checks of 1 pending load: 4 passed; warned: freshness \(1 .*\)",
+        "choose_refresh": r"stg\.orders_latest: swap, because: no load has been applied yet; 1,000 rows of 1 load .*",
+        "swap_latest": rf"stg\.orders_latest: swap of 1 load, 1,000 rows written in {seconds}; no load has been .*",
+    }.items():
+        assert re.fullmatch(sentence, said[task].partition("; warned: ")[0] if task == "swap_latest" else said[task])
+        assert said[task] in caplog.text, "the log has it too"
+    assert said["swap_latest"].endswith("; warned: freshness (1 offending row)")
+    raw, stg = events(run)["raw.orders"], events(run)["stg.orders_latest"]
+    assert (raw["load_id"], raw["rows"], raw["rejects"], raw["bytes"], raw["is_new"]) == (1, 1000, 0, size, True)
+    assert raw["batch_id"] == run.run_id
+    assert raw["seconds"] > 0
+    assert raw["mb_per_second"] > 0
+    assert raw["summary"] == said["load_raw"]
+    assert (stg["loads"], stg["rows"], stg["refresh"]) == (1, 1000, "swap")
+    assert stg["warnings"] == ["freshness (1 offending row)"]
+    assert stg["seconds"] > 0
+    assert said["swap_latest"].startswith(stg["summary"])
+    assert summaries(verify()) == {
+        "verify_latest": "the staging table is what raw says: 0 missing, 0 extra, 0 different, 1,000 compared"
+    }
+
+
+def test_batch_that_comes_again_is_said_to_bring_nothing(dag: Any, warehouse: Warehouse) -> None:
+    for _ in range(2):
+        run = dag.test(logical_date=RUN, run_after=RUN, run_conf={"rows": 10})
+
+    said = summaries(run)
+    assert said["load_raw"] == f"raw.orders: already loaded as load 1, batch {run.run_id}: 0 new rows"
+    assert said["check_batch"] == "stg.orders_latest: no load is pending, so there is nothing to check"
+    assert said["merge_latest"].startswith("stg.orders_latest: merge of 0 loads, 0 rows written in ")
+
+
+FUTURE = "order_id | updated_at\n1 | 2026-01-01\n2 | 2999-01-01\n3 | 3000-01-01"
+NO_RULE = "ALTER TABLE raw.orders DROP CONSTRAINT updated_at_is_not_in_the_future"
+
+
+def test_failed_check_leaves_stg_as_it_is_and_shows_the_rows(
+    dag: Any, warehouse: Warehouse, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert dag.test(logical_date=RUN, run_after=RUN, run_conf={"rows": 2}).state == "success"
+    before = warehouse.rows("SELECT * FROM stg.orders_latest ORDER BY order_id")
+    warehouse.alter(NO_RULE)
+    warehouse.given("raw.orders", FUTURE)
+    later = RUN + timedelta(hours=1)
+
+    run = dag.test(logical_date=later, run_after=later, run_conf={"rows": 2})
+
+    assert run.state == "failed"
+    assert states(run)["check_batch"] == ("failed", 1), "to ask again would not help"
+    assert refresh_states(run) == dict.fromkeys(KINDS, "upstream_failed")
+    assert warehouse.rows("SELECT * FROM stg.orders_latest ORDER BY order_id") == before
+    assert "check no_future_updated_at (fail) failed: 2 offending" in caplog.text
+    assert '{"order_id":2,"updated_at":"2999-01-01T00:00:00+00:00","load_id":2,' in caplog.text
+    assert "failed: no_future_updated_at (2 offending rows)" in summaries(run)["check_batch"]
+    assert "docs/operations.md, http://127.0.0.1:8080/warehouse/docs/operations#a-check-is-red" in caplog.text
+    outcomes = "SELECT outcome, offending FROM ops.last_checks WHERE check_name = 'no_future_updated_at'"
+    assert warehouse.rows(outcomes) == [("failed", 2)]
+
+    again = dag.test(logical_date=later, run_after=later, run_conf={"rows": 2})
+    assert again.state == "failed", "what is pending is checked until it is applied"
+
+    accepted = dag.test(logical_date=later, run_after=later, run_conf={"rows": 2, "accept": ["no_future_updated_at"]})
+    assert accepted.state == "success"
+    assert warehouse.rows(outcomes) == [("accepted", 2)]
+    assert "no_future_updated_at (2 offending rows), accepted" in events(accepted)["stg.orders_latest"]["warnings"]
+    assert warehouse.rows("SELECT order_id FROM stg.orders_latest WHERE updated_at > now() ORDER BY order_id") == [
+        (2,),
+        (3,),
+    ]
+    assert warehouse.verification() == (0, 0, 0, 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "fits"),
+    [
+        ("accept", None, True),
+        ("accept", [], True),
+        ("accept", ["no_future_updated_at"], True),
+        ("accept", ["freshness"], False),
+    ],
+)
+def test_only_checks_that_can_fail_are_accepted(parsed: Any, name: str, value: object, fits: bool) -> None:
+    test_params_have_limits(parsed, name, value, fits)
 
 
 def run_again(dag: Any, run: Any, task_id: str) -> Any:
@@ -550,7 +655,7 @@ NO_RECORD = "REVOKE INSERT (table_name, load_id, finished_at) ON stg.applied_loa
 # What goes wrong: an SQL statement or another generator; and the task that has to be red.
 FAILURES: dict[str, tuple[str | Any, str]] = {
     "generator fails": (raise_(OSError(28, "No space left on device")), "generate_batch"),
-    "no file": (lambda path, **_: path.unlink(missing_ok=True), "load_raw"),
+    "no file": (lambda path, **_: path.unlink(missing_ok=True) or 0, "load_raw"),
     "empty file": (write_file(""), "load_raw"),
     "half a file": (write_file(FILE[:-10]), "load_raw"),
     "no CSV": (write_file("<html>502</html>\n"), "load_raw"),
@@ -560,8 +665,12 @@ FAILURES: dict[str, tuple[str | Any, str]] = {
     "no right": ("REVOKE INSERT ON raw.orders FROM de_dw_pipeline", "load_raw"),
     "no table": ("ALTER TABLE raw.orders RENAME TO moved", "load_raw"),
     "no ledger": ("ALTER TABLE raw.loads RENAME TO moved", "load_raw"),
-    "no version": ("DELETE FROM stg.table_versions", "choose_refresh"),
-    "no status": ("DROP VIEW stg.refresh_status", "choose_refresh"),
+    "no version": ("DELETE FROM stg.table_versions", "check_batch"),
+    "no right to keep the checks": (
+        "REVOKE INSERT (offending) ON ops.check_results FROM de_dw_pipeline",
+        "check_batch",
+    ),
+    "no status": ("DROP VIEW stg.refresh_status CASCADE", "choose_refresh"),
     "rule of the spare": (RULE.format("spare"), "swap_latest"),
     "rule of the spare, union": (RULE.format("spare"), "union_latest"),
     "rule of the live table": (RULE.format("live"), "merge_latest"),
@@ -576,10 +685,10 @@ FAILURES: dict[str, tuple[str | Any, str]] = {
     "no right to record, merge": (NO_RECORD, "merge_latest"),
     "no right to summarize": (
         "REVOKE EXECUTE ON FUNCTION raw.summarize_new_pages(text) FROM de_dw_pipeline",
-        "merge_latest",
+        "check_batch",
     ),
-    "no source": ("UPDATE stg.table_versions SET source_table = NULL", "merge_latest"),
-    "no right to write": ("ALTER TABLE stg.orders_latest_live OWNER TO CURRENT_USER", "merge_latest"),
+    "no source": ("UPDATE stg.table_versions SET source_table = NULL", "check_batch"),
+    "no right to write": ("REVOKE INSERT ON stg.orders_latest_live FROM de_dw_pipeline", "merge_latest"),
 }
 
 
@@ -606,10 +715,10 @@ def test_failure_makes_its_task_red_and_stops_what_comes_after(
     run = dag.test(logical_date=RUN, run_after=RUN, run_conf={"refresh": kind if kind in KINDS else "auto"})
 
     assert run.state == "failed"
-    flow = ["generate_batch", "load_raw", "choose_refresh"]
+    flow = ["generate_batch", "load_raw", "check_batch", "choose_refresh"]
     place = flow.index(red) if red in flow else len(flow)
-    expected = ["success"] * place + ["failed"] + ["upstream_failed"] * (2 - place)
-    assert [states(run)[task][0] for task in flow] == expected[:3]
+    expected = ["success"] * place + ["failed"] + ["upstream_failed"] * (len(flow) - 1 - place)
+    assert [states(run)[task][0] for task in flow] == expected[: len(flow)]
     assert refresh_states(run) == {
         other: "upstream_failed" if red in flow else "failed" if other == kind else "skipped" for other in KINDS
     }

@@ -1,15 +1,18 @@
-"""docs/operations.md: the messages of ours in its tables stand in the code, and its queries run."""
+"""docs/operations.md: the messages of ours in its tables stand in the code, and so do its checks and anchors."""
 
+import json
 import re
+from pathlib import Path
 
 import pytest
+from batch_check import check_pending, find_checks
 
-from tests.conftest import ROOT, Warehouse
+from tests.warehouse import ROOT, Warehouse
 
 TEXT = (ROOT / "docs" / "operations.md").read_text()
 SOURCES = "".join(
     re.sub(r'"\s*\n\s*f?"', "", path.read_text())  # a message may be put together from several lines
-    for folder in ("dags", "sql/ddl", "alembic")
+    for folder in ("dags", "sql/ddl", "alembic", "generator")
     for path in sorted((ROOT / folder).rglob("*"))
     if path.suffix in {".py", ".sql"}
 )
@@ -24,6 +27,7 @@ THEIRS = {
     "password authentication failed",
     "could not extend file",
     "No space left on device",
+    "Permission denied",
     "canceling statement due to lock timeout",
     'relation "raw.orders" does not exist',
     'relation "stg.refresh_status" does not exist',
@@ -34,16 +38,12 @@ THEIRS = {
     "required variable ... is missing a value: make .env writes it",
     "Bind for 127.0.0.1:8080 failed",
 }
+CHECKS = {path.name.split(".")[-3]: path.name.split(".")[-2] for path in (ROOT / "sql" / "checks").iterdir()}
 MESSAGES = [
     message
     for row in re.findall(r"^\| (`.*?) \| ", TEXT, re.MULTILINE)
     for message in re.findall(r"`(.*?)`", row)
-    if message not in THEIRS
-]
-QUERIES = [
-    block
-    for block in re.findall(r"(?:^    .*\n|^\n(?=    ))+", TEXT, re.MULTILINE)
-    if re.match(r"\s*(SELECT|WITH)", block)
+    if message not in THEIRS | CHECKS.keys()
 ]
 
 
@@ -55,7 +55,33 @@ def test_message_stands_in_the_code(message: str) -> None:
     assert message in SOURCES.replace("\\\\", "\\")
 
 
-@pytest.mark.parametrize("query", [query for block in QUERIES for query in block.split(";\n") if query.strip()])
-def test_query_runs(warehouse: Warehouse, query: str) -> None:
-    with warehouse.connect("") as conn:
-        conn.execute(query.replace("pg_terminate_backend(12345)", "12345").encode())
+def test_every_check_stands_there_with_its_severity() -> None:
+    assert dict(re.findall(r"^\| `(\w+)` \| (fail|warn) \| ", TEXT, re.MULTILINE)) == CHECKS
+
+
+def test_what_a_failed_task_points_to_is_there() -> None:
+    anchors = re.findall(r'help_at\("(.*?)"\)', SOURCES)
+
+    headings = re.findall(r"^## (.*)", TEXT, re.MULTILINE)
+    assert set(anchors) <= {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+    assert len(anchors) == 5
+
+
+def test_example_of_a_check_finds_what_it_says(warehouse: Warehouse, tmp_path: Path) -> None:
+    (query,) = re.findall(r"```sql\n(-- paid .*?)```", TEXT, re.DOTALL)
+    path = tmp_path / "stg.orders_latest.paid.fail.sql"
+    path.write_text(query)
+    warehouse.given(
+        "raw.orders",
+        """
+        order_id | unit_price | status  | updated_at
+        1        | 0          | paid    | 2026-01-01
+        2        | 0          | created | 2026-01-01
+        3        | 0.01       | paid    | 2026-01-01
+        """,
+    )
+
+    with warehouse.connect() as conn:
+        _, (result,) = check_pending(conn, table="orders_latest", checks=find_checks(tmp_path, "orders_latest"))
+
+    assert [json.loads(example)["order_id"] for example in result.examples] == [1]

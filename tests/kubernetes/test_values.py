@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.conftest import ROOT
+from tests.warehouse import ROOT
 
 VALUES = yaml.safe_load((ROOT / "kubernetes" / "values.yaml").read_text())
 JOB = yaml.safe_load((ROOT / "kubernetes" / "migrate.yaml").read_text())

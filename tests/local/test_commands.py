@@ -19,7 +19,8 @@ import psutil
 import psycopg
 import pytest
 
-from tests.conftest import ROOT, S3, DatabaseServer, wait_until
+from tests.s3 import S3
+from tests.warehouse import ROOT, DatabaseServer, wait_until
 
 TABLE = """\
   raw.orders         rows                            300
@@ -227,6 +228,7 @@ def test_up_serves_the_ui_runs_what_is_triggered_and_stops_whole(clone: Path, up
     assert {task["task_id"]: (task["state"], task["try_number"]) for task in tasks} == {
         "generate_batch": ("success", 1),
         "load_raw": ("success", 1),
+        "check_batch": ("success", 1),
         "choose_refresh": ("success", 1),
         "swap_latest": ("skipped", 0),
         "union_latest": ("skipped", 0),

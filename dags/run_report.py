@@ -1,0 +1,145 @@
+"""What the tasks of a run tell people: a sentence each, in the log, in XCom as `summary`, with their asset's event."""
+
+import logging
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from stg_refresh import counted
+
+log = logging.getLogger(__name__)
+
+
+def say(ti: Any, summary: str) -> None:
+    """Put the sentence into the log and into XCom."""
+    log.info(summary)
+    ti.xcom_push("summary", summary)
+
+
+def report_checks(ti: Any, table: str, loads: list[int], results: list[Any]) -> dict[str, Any]:
+    """Say how the checks of a staging table came out.
+
+    :param results: of `batch_check.check_pending`.
+    :return: summary; warnings, a phrase each; and by name of each check its outcome.
+    :raises AirflowFailException: one failed. To try again would not help.
+    """
+    from airflow.sdk.exceptions import AirflowFailException  # which reads Airflow's settings: not for every importer
+
+    found = {
+        outcome: [f"{r.name} ({counted(r.offending, 'offending row')})" for r in results if r.outcome == outcome]
+        for outcome in ("failed", "accepted", "warned")
+    }
+    passed = sum(result.outcome == "passed" for result in results)
+    parts = [f"{passed} passed", *(f"{outcome}: {', '.join(names)}" for outcome, names in found.items() if names)]
+    summary = (
+        f"stg.{table}: {counted(len(results), 'check')} of {counted(len(loads), 'pending load')}: {'; '.join(parts)}"
+    )
+    if not loads:
+        summary = f"stg.{table}: no load is pending, so there is nothing to check"
+    warnings = found["warned"] + [f"{name}, accepted" for name in found["accepted"]]
+    ti.xcom_push("warnings", warnings)
+    ti.xcom_push("outcomes", {result.name: result.outcome for result in results})
+    say(ti, summary)
+    if found["failed"]:
+        raise AirflowFailException(
+            f"stg.{table} stays as it is, and what is pending waits: {', '.join(found['failed'])}. The rows are above "
+            f"and in ops.check_results. Load a batch that corrects them, if one can; then run the DAG with the check "
+            f"named in its param accept"
+        )
+    return {"summary": summary, "warnings": warnings}
+
+
+def report_refresh(context: Any, counts: dict[str, int]) -> None:
+    """Say what a refresh did: its kind and why, how much, and what the checks before it warned of."""
+    ti, task = context["ti"], context["task"]
+    (table,) = task.outlets
+    (chooser,) = task.upstream_task_ids
+    (checker,) = task.dag.get_task(chooser).upstream_task_ids
+    kind, why = ti.xcom_pull(task_ids=chooser, key="refresh")
+    warnings = ti.xcom_pull(task_ids=checker, key="warnings") or []
+    seconds = round((datetime.now(UTC) - ti.start_date).total_seconds(), 2)
+    summary = (
+        f"{table.name}: {kind} of {counted(counts['loads'], 'load')}, {counted(counts['rows'], 'row')} written in "
+        f"{seconds:.1f} s; {why}"
+    )
+    say(ti, summary + (f"; warned: {', '.join(warnings)}" if warnings else ""))
+    facts = {"refresh": kind, "why": why, "seconds": seconds, "warnings": warnings, "summary": summary}
+    context["outlet_events"][table].extra = counts | facts
+
+
+def differences(cursor: Any) -> Any:
+    """Return the counts of a verify script, by name.
+
+    :raises AirflowFailException: one of them, but for `compared`, is not 0. To try again would not help.
+    """
+    from airflow.sdk.exceptions import AirflowFailException
+
+    counts = dict(zip((column.name for column in cursor.description), cursor.fetchone(), strict=True))
+    if any(count for name, count in counts.items() if name != "compared"):
+        found = ", ".join(f"{count:,} {name}" for name, count in counts.items())
+        raise AirflowFailException(
+            f"the staging table is not what a full refresh would make of raw: {found}. Trigger the DAG that refreshes "
+            f"it with refresh set to swap, which makes it anew, and find out who else writes to schema stg"
+        )
+    return counts
+
+
+def report_verification(context: Any, counts: dict[str, int]) -> None:
+    """Say what was compared."""
+    found = ", ".join(f"{count:,} {name}" for name, count in counts.items())
+    say(context["ti"], f"the staging table is what raw says: {found}")
+
+
+def help_at(section: str) -> Callable[[Any], None]:
+    """A failure callback that says where the task's messages are explained.
+
+    :param section: the anchor of a heading of docs/operations.md.
+    """
+
+    def point_to_docs(context: Any) -> None:
+        log.error(
+            "What this means, and what to do: docs/operations.md, %s", page(f"warehouse/docs/operations#{section}")
+        )
+
+    return point_to_docs
+
+
+def page(path: str) -> str:
+    """The address of a page of Airflow's UI."""
+    from airflow.sdk.configuration import conf
+
+    return f"{conf.get('api', 'base_url', fallback='http://localhost:8080').rstrip('/')}/{path}"
+
+
+def no_fresh_batch(table: str, context: Any) -> None:
+    """The callback of a missed deadline: say it in the scheduler's log. Put a notifier of yours in its place."""
+    run = context["dag_run"]
+    log.error(
+        "%s: run %s of %s has not published its batch in time: %s",
+        table,
+        run["run_id"],
+        run["dag_id"],
+        page("plugin/warehouse"),
+    )
+
+
+def with_a_test(dag: Any) -> None:
+    """Let `dag.test()`, and so `airflow dags test`, run a DAG that has a deadline.
+
+    Airflow 3.3.2 looks for the alert's row in its database, which only the DAG processor writes, and fails when all is
+    done. Nobody waits for an alert there.
+    """
+    test = dag.test
+
+    def test_without_deadline(*args: Any, **kwargs: Any) -> Any:
+        dag.deadline = None
+        return test(*args, **kwargs)
+
+    dag.test = test_without_deadline
+
+
+def first_comment(script: Path) -> str:
+    """The comment that a script begins with: what the table is, and when the script is the right one."""
+    lines = script.read_text().splitlines()
+    return " ".join(line[3:] for line in lines[: next(n for n, line in enumerate(lines) if line[:3] != "-- ")])
