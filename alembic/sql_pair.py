@@ -16,7 +16,7 @@ ADVICE = """\
 -- Runs in a transaction of its own, with a lock_timeout: no BEGIN, no COMMIT, no CREATE INDEX CONCURRENTLY.
 -- Name every constraint after its rule (quantity_is_positive) and comment every table and column.
 -- A column of stg.x_latest is added to stg.x_latest, which takes its partition _live along, and to the _spare; its
--- comment is put on all three, because comments are not taken along. README.md, "A column", has the rest.
+-- comment is put on all three, because comments are not taken along. docs/adding-a-dataset.md has the rest.
 -- Once this file has landed it is never edited: the next change is the next migration.
 """
 ADVICE_DOWN = """\

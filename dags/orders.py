@@ -96,7 +96,6 @@ def stored(url: str) -> Any:
             type="integer",
             minimum=1,
             maximum=50_000_000,
-            section="Batch",
             title="Rows",
             description="Orders in the batch: order_id 1 to this number, 1 to 50 million",
         ),
@@ -105,7 +104,6 @@ def stored(url: str) -> Any:
             type="integer",
             minimum=0,
             maximum=2**32 - 1,
-            section="Batch",
             title="Seed",
             description="Which orders: the same seed makes new versions of the same orders",
         ),
@@ -115,30 +113,26 @@ def stored(url: str) -> Any:
                 {"type": "string", "pattern": r"^\s*([0-9]+|(100|[0-9]{1,2}(\.[0-9]+)?)\s*%)\s*$"},
                 {"type": "integer", "minimum": 0},
             ],
-            section="Load",
             title="Bad records allowed",
             description="A number, or a percentage such as 1%. They are kept in raw.orders_rejects, the others loaded",
         ),
         "load_again": Param(
             False,
             type="boolean",
-            section="Load",
             title="Load again",
             description="Load the file though another batch has brought the same bytes before",
         ),
         "accept": Param(
-            [],
-            type="array",
+            None,
+            type=["array", "null"],
             items={"type": "string", "enum": [check.name for check in CHECKS if check.severity == "fail"]},
             examples=[check.name for check in CHECKS if check.severity == "fail"],
-            section="Publish",
             title="Checks to accept",
             description="Publish what is pending though these checks fail, once you have looked at the rows they found",
         ),
         "refresh": Param(
             "auto",
             enum=["auto", *REFRESHES],
-            section="Publish",
             title="Refresh",
             description="swap: all of raw, swapped in. union: previous rows and pending loads, swapped in. "
             "merge: pending loads, in place. auto: the fastest that is right",
@@ -196,7 +190,7 @@ def orders() -> None:
         """Ask each of sql/checks/ of the pending loads: `fail` stops here, stg stays as it is; `warn` is shown."""
         with PostgresHook("de_dw").get_conn() as conn:
             loads, results = check_pending(
-                conn, table="orders_latest", checks=CHECKS, batch_id=dag_run.run_id, accept=params["accept"]
+                conn, table="orders_latest", checks=CHECKS, batch_id=dag_run.run_id, accept=params["accept"] or ()
             )
         return report_checks(ti, "orders_latest", loads, results)
 

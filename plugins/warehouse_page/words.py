@@ -1,7 +1,9 @@
 """Figures as people read them: filters for the templates."""
 
 import math
+from collections.abc import Callable
 from datetime import datetime, timedelta
+from typing import Any
 
 UNITS = (("day", 86400), ("h", 3600), ("min", 60), ("s", 1))
 
@@ -63,4 +65,6 @@ def ceiling(number: float) -> float:
     return next(factor * step for factor in (1, 2, 4, 6, 8, 10) if factor * step >= number * (1 - 1e-9))
 
 
-FILTERS = {function.__name__: function for function in (count, short, size, seconds, span, ago, utc, ceiling)}
+FILTERS: dict[str, Callable[..., Any]] = {
+    function.__name__: function for function in (count, short, size, seconds, span, ago, utc, ceiling)
+}

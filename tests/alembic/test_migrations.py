@@ -10,7 +10,7 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from tests.conftest import ROOT, DatabaseServer, Warehouse, alembic
+from tests.warehouse import ROOT, DatabaseServer, Warehouse, alembic
 
 # What the transform was up to 0006, in short.
 OLD_SWAP = """

@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import ROOT, wait_until
+from tests.warehouse import ROOT, wait_until
 
-TREE = ("alembic", "alembic.ini", "dags", "generator", "sql", "local", "Dockerfile", ".dockerignore")
+TREE = ("alembic", "alembic.ini", "dags", "docs", "generator", "plugins", "sql", "local", "Dockerfile", ".dockerignore")
 # Anything of these in the environment would be another stack than the one that a new user gets.
 OURS = ("AIRFLOW", "AWS_", "COMPOSE_", "PG", "POSTGRES_IMAGE", "UI_PORT", "WAREHOUSE_", "PARALLELISM")
 SECONDS_UP = 300

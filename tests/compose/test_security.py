@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 
 from tests.compose.stack import Stack, look_for_secrets, refused, try_to_become_more
-from tests.conftest import ROOT
+from tests.warehouse import ROOT
 
 pytestmark = pytest.mark.compose
 Tried = Callable[[str, str], None]
@@ -27,7 +27,7 @@ HOLDERS = {
         "UI_PASSWORD",
         "FERNET_KEY",
     },
-    "api-server": {"AIRFLOW_DB_PASSWORD", "FERNET_KEY", "JWT_SECRET", "API_SECRET_KEY"},
+    "api-server": {"AIRFLOW_DB_PASSWORD", "FERNET_KEY", "JWT_SECRET", "API_SECRET_KEY", "READER_PASSWORD"},
     "scheduler": {"AIRFLOW_DB_PASSWORD", "FERNET_KEY", "JWT_SECRET", "API_SECRET_KEY", "PIPELINE_PASSWORD"},
     "dag-processor": {"AIRFLOW_DB_PASSWORD", "FERNET_KEY"},
 }
@@ -91,6 +91,11 @@ def test_who_is_not_logged_in_sees_nothing(stack: Stack, tried: Tried) -> None:
     for path in ("/ui/config", "/ui/dags", "/ui/auth/menus", "/ui/dashboard/dag_stats", "/ui/connections/hook_meta"):
         status, answer = stack.http("GET", path)
         assert status in (401, 403), f"{path}: {status} {answer}"
+        tried(f"GET {path} without a token", f"{status} {answer}")
+    for path in ("/warehouse/", "/warehouse/rejects", "/warehouse/docs/security.md", "/warehouse/static/warehouse.css"):
+        status, answer = stack.http("GET", path)
+        assert status == 401, f"{path}: {status} {answer}"
+        assert stack.http("GET", path, token=token)[0] == 200
         tried(f"GET {path} without a token", f"{status} {answer}")
     for path in ("/execution/variables/x", "/execution/connections/de_dw"):
         status, answer = stack.http("GET", path)
@@ -183,7 +188,12 @@ def test_a_container_can_not_become_more(stack: Stack, tried: Tried, service: st
 
 
 def test_code_is_mounted_to_be_read(stack: Stack, tried: Tried) -> None:
-    for service, folders in {"scheduler": ("dags", "sql", "generator"), "dag-processor": ("dags", "sql")}.items():
+    mounted = {
+        "scheduler": ("dags", "sql", "generator"),
+        "dag-processor": ("dags", "sql"),
+        "api-server": ("plugins", "docs"),
+    }
+    for service, folders in mounted.items():
         for folder in folders:
             said = refused(lambda: stack.inside(service, f"touch /opt/airflow/{folder}/mine"))  # noqa: B023
             assert "Read-only file system" in said

@@ -1,5 +1,7 @@
 """compose.yaml as a running stack: counts, a second up, kills in mid-load, data kept, new versions."""
 
+from urllib.parse import quote
+
 import pytest
 
 from tests.compose.stack import KILL_TASKS, ROWS, Refused, Stack
@@ -20,6 +22,14 @@ def test_three_runs_make_the_counts_of_the_design(stack: Stack) -> None:
         " FROM raw.orders)) FROM stg.orders_latest",
         login="reader",
     ) == ("100|100|100")
+
+
+def test_warehouse_page_shows_the_runs(stack: Stack) -> None:
+    status, page = stack.http("GET", "/warehouse/", token=stack.login())
+
+    assert status == 200
+    for batch in stack.rows_by_load():
+        assert f'href="/dags/orders/runs/{quote(batch, safe="")}"' in page
 
 
 def test_every_service_is_healthy_limited_and_rotates_its_log(stack: Stack) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from tests.compose.stack import ROWS, Stack, look_for_secrets, refused, try_to_become_more
-from tests.conftest import S3
+from tests.s3 import S3
 
 pytestmark = pytest.mark.compose
 Tried = Callable[[str, str], None]
@@ -60,6 +60,7 @@ def test_a_secret_is_with_those_only_that_use_it(workers: Stack, tried: Tried) -
     assert held["worker"] == {"REDIS_PASSWORD", "PIPELINE_PASSWORD"}
     assert held["scheduler"] == {"REDIS_PASSWORD", "JWT_SECRET", "API_SECRET_KEY"} | metadata
     assert held["dag-processor"] == metadata
+    assert held["api-server"] == {"READER_PASSWORD", "JWT_SECRET", "API_SECRET_KEY"} | metadata
     for service, names in held.items():
         tried(f"docker inspect {service}", ", ".join(sorted(names)))
 

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from psycopg import errors
 
 from generator.orders import generate_orders
-from tests.conftest import Warehouse, wait_until
+from tests.warehouse import Warehouse, wait_until
 
 HEADER = "order_id,customer_name,customer_email,product,quantity,unit_price,currency,status,ordered_at,updated_at\n"
 NOW = datetime(2026, 1, 2, 3, 4, 5, 678901, tzinfo=UTC)

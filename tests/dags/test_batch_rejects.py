@@ -20,8 +20,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from psycopg import sql
 
-from tests.conftest import HISTORIES, ROOT, DatabaseServer, Warehouse
+from tests.conftest import HISTORIES
 from tests.dags.test_batch_load import HEADER, STATES, row
+from tests.warehouse import ROOT, DatabaseServer, Warehouse
 
 COLUMNS = HEADER.strip().split(",")
 REJECTS = "SELECT line_number, column_name, reason FROM raw.orders_rejects ORDER BY load_id, line_number"

@@ -34,18 +34,8 @@ from psycopg import errors, sql
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from local.postgres import Server
-from tests.conftest import (
-    FAST,
-    ROOT,
-    SCRIPTS,
-    VERIFY,
-    DatabaseServer,
-    Warehouse,
-    before_commit,
-    folder_for_a_server,
-    script_of,
-    wait_until,
-)
+from tests.conftest import SCRIPTS, VERIFY, before_commit
+from tests.warehouse import FAST, ROOT, DatabaseServer, Warehouse, folder_for_a_server, script_of, wait_until
 
 pytestmark = pytest.mark.drill
 

@@ -24,7 +24,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from stg_refresh import cheapest_refresh
 
-from tests.conftest import HISTORIES, SCRIPTS, VERIFY, DatabaseServer, Warehouse
+from tests.conftest import HISTORIES, SCRIPTS, VERIFY
+from tests.warehouse import DatabaseServer, Warehouse
 
 ORDERS = 3
 FILES = 4

@@ -16,7 +16,9 @@ import pytest
 from batch_store import open_source
 
 from local.settings import airflow_connection
-from tests.conftest import ROOT, S3, SWAP, VERIFY, Warehouse
+from tests.conftest import SWAP, VERIFY
+from tests.s3 import S3
+from tests.warehouse import ROOT, Warehouse
 
 RUN = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 KINDS = ("swap", "union", "merge")
@@ -619,7 +621,12 @@ def test_failed_check_leaves_stg_as_it_is_and_shows_the_rows(
 
 @pytest.mark.parametrize(
     ("name", "value", "fits"),
-    [("accept", [], True), ("accept", ["no_future_updated_at"], True), ("accept", ["freshness"], False)],
+    [
+        ("accept", None, True),
+        ("accept", [], True),
+        ("accept", ["no_future_updated_at"], True),
+        ("accept", ["freshness"], False),
+    ],
 )
 def test_only_checks_that_can_fail_are_accepted(parsed: Any, name: str, value: object, fits: bool) -> None:
     test_params_have_limits(parsed, name, value, fits)
@@ -681,7 +688,7 @@ FAILURES: dict[str, tuple[str | Any, str]] = {
         "check_batch",
     ),
     "no source": ("UPDATE stg.table_versions SET source_table = NULL", "check_batch"),
-    "no right to write": ("ALTER TABLE stg.orders_latest_live OWNER TO CURRENT_USER", "merge_latest"),
+    "no right to write": ("REVOKE INSERT ON stg.orders_latest_live FROM de_dw_pipeline", "merge_latest"),
 }
 
 

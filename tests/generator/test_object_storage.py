@@ -12,7 +12,8 @@ import pytest
 
 from generator import orders
 from generator.orders import generate_orders, write_orders
-from tests.conftest import ROOT, S3, wait_until
+from tests.s3 import S3
+from tests.warehouse import ROOT, wait_until
 
 NOON = datetime(2026, 11, 25, 12, tzinfo=UTC)
 EARLIER = b"an earlier batch\n"

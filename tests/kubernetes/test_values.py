@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.conftest import ROOT
+from tests.warehouse import ROOT
 
 VALUES = yaml.safe_load((ROOT / "kubernetes" / "values.yaml").read_text())
 JOB = yaml.safe_load((ROOT / "kubernetes" / "migrate.yaml").read_text())
@@ -36,11 +36,12 @@ def test_secrets_are_named_and_never_written() -> None:
             assert "value" not in mapping, f"{path}: {mapping['name']}"
 
 
-def test_only_the_migration_has_the_owners_login_and_only_workers_the_pipelines() -> None:
+def test_each_login_is_with_who_needs_it() -> None:
     assert [path for path, mapping in mappings(JOB) if mapping.get("name") == "warehouse-owner"]
     assert not [path for path, mapping in mappings(VALUES) if mapping.get("name") == "warehouse-owner"]
-    holders = {path.split(".")[1] for path, mapping in mappings(VALUES) if mapping.get("name") == "AIRFLOW_CONN_DE_DW"}
-    assert holders == {"workers"}
+    for name, holder in {"AIRFLOW_CONN_DE_DW": "workers", "AIRFLOW_CONN_DE_DW_READER": "apiServer"}.items():
+        holders = {path.split(".")[1] for path, mapping in mappings(VALUES) if mapping.get("name") == name}
+        assert holders == {holder}
 
 
 @pytest.mark.parametrize(
@@ -48,9 +49,10 @@ def test_only_the_migration_has_the_owners_login_and_only_workers_the_pipelines(
     [
         (VALUES["securityContexts"]["pod"], [VALUES["securityContexts"]["containers"]]),
         ({"runAsNonRoot": True}, [VALUES["dags"]["gitSync"]["securityContexts"]["container"]]),
+        (VALUES["securityContexts"]["pod"], [c["securityContext"] for c in VALUES["apiServer"]["extraInitContainers"]]),
         (POD["securityContext"], [c["securityContext"] for c in POD["initContainers"] + POD["containers"]]),
     ],
-    ids=["chart", "git-sync", "migration"],
+    ids=["chart", "git-sync", "plugins", "migration"],
 )
 def test_nobody_is_root_or_becomes_it(pod: dict[str, Any], containers: list[dict[str, Any]]) -> None:
     assert pod["runAsNonRoot"] is True
@@ -59,12 +61,25 @@ def test_nobody_is_root_or_becomes_it(pod: dict[str, Any], containers: list[dict
         assert container["capabilities"] == {"drop": ["ALL"]}
 
 
-def test_migration_comes_from_the_image_and_the_commit_that_airflow_runs() -> None:
-    git_sync = {item["name"]: item.get("value") for item in POD["initContainers"][0]["env"]}
-
+def test_migration_and_plugins_come_from_the_image_and_the_commit_that_airflow_runs() -> None:
     assert POD["containers"][0]["image"] == f"{VALUES['defaultAirflowRepository']}:{VALUES['defaultAirflowTag']}"
-    assert git_sync["GITSYNC_REPO"] == VALUES["dags"]["gitSync"]["repo"]
-    assert git_sync["GITSYNC_REF"] == VALUES["dags"]["gitSync"]["ref"]
+    for container in (*POD["initContainers"], *VALUES["apiServer"]["extraInitContainers"]):
+        git_sync = {item["name"]: item.get("value") for item in container["env"]}
+        assert git_sync["GITSYNC_REPO"] == VALUES["dags"]["gitSync"]["repo"]
+        assert git_sync["GITSYNC_REF"] == VALUES["dags"]["gitSync"]["ref"]
+
+
+def test_page_of_the_api_server_is_where_git_sync_puts_it() -> None:
+    server = VALUES["apiServer"]
+    (git_sync,) = server["extraInitContainers"]
+    settings = {item["name"]: item.get("value") for item in [*server["env"], *git_sync["env"]]}
+    (mount,) = server["extraVolumeMounts"]
+
+    assert mount == {"name": server["extraVolumes"][0]["name"], "mountPath": settings["GITSYNC_ROOT"], "readOnly": True}
+    assert git_sync["volumeMounts"] == [{"name": mount["name"], "mountPath": mount["mountPath"]}]
+    folder = f"{settings['GITSYNC_ROOT']}/{settings['GITSYNC_LINK']}/plugins"
+    assert settings["AIRFLOW__CORE__PLUGINS_FOLDER"] == folder
+    assert (ROOT / "plugins" / "warehouse_plugin.py").exists()
 
 
 def test_chart_is_told_the_airflow_that_the_image_has() -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-from tests.conftest import ROOT
+from tests.warehouse import ROOT
 
 VULNERABLE = "numpy"  # pinned more than once: for older and newer versions of Python
 

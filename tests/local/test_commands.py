@@ -11,8 +11,9 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from tests.conftest import ROOT, S3, DatabaseServer, wait_until
 from tests.local.up import Up, a_free_port, copy_working_tree, environment, make, processes
+from tests.s3 import S3
+from tests.warehouse import ROOT, DatabaseServer, wait_until
 
 TABLE = """\
   raw.orders         rows                            300

@@ -13,7 +13,7 @@ import pytest
 
 from local.postgres import Server, ServerError
 from local.settings import airflow_connection
-from tests.conftest import FAST, ROOT, wait_until
+from tests.warehouse import FAST, ROOT, wait_until
 
 
 def answers(url: str) -> bool:

@@ -15,7 +15,7 @@ from typing import Any
 
 import psutil
 
-from tests.conftest import ROOT, wait_until
+from tests.warehouse import ROOT, wait_until
 
 INTERFERES = re.compile("WAREHOUSE_|AIRFLOW|VIRTUAL_ENV|PYTHON|LOCAL_STATE|MAKE|PORT$")
 

@@ -8,7 +8,8 @@ import psycopg
 import pytest
 from batch_check import EXAMPLES, Check, Result, check_pending, find_checks
 
-from tests.conftest import ROOT, SWAP, Warehouse
+from tests.conftest import SWAP
+from tests.warehouse import ROOT, Warehouse
 
 FOLDER = ROOT / "sql" / "checks"
 TABLE = "orders_latest"

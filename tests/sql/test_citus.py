@@ -3,7 +3,7 @@
 import re
 import subprocess
 
-from tests.conftest import ROOT, Warehouse
+from tests.warehouse import ROOT, Warehouse
 
 SCRIPT = ROOT / "sql" / "scale" / "citus.sql"
 

@@ -4,7 +4,7 @@ import psycopg
 import pytest
 from psycopg import errors
 
-from tests.conftest import Warehouse
+from tests.warehouse import Warehouse
 
 TABLES = ("raw.orders", "raw.orders_rejects", "raw.loads")
 LOAD = (

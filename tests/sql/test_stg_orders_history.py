@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.conftest import Warehouse
+from tests.warehouse import Warehouse
 
 VERSIONS = """
     order_id | status    | updated_at       | unit_price

@@ -7,7 +7,8 @@ import psycopg
 import pytest
 from psycopg import errors
 
-from tests.conftest import MERGE, SWAP, UNION, Warehouse, before_commit, by_every_refresh, by_every_swap, wait_until
+from tests.conftest import MERGE, SWAP, UNION, before_commit, by_every_refresh, by_every_swap
+from tests.warehouse import Warehouse, wait_until
 
 SHAPE = """
 SELECT 'column', a.attnum::text, a.attname, format_type(a.atttypid, a.atttypmod) || a.attnotnull,

@@ -7,7 +7,8 @@ import psycopg
 import pytest
 from psycopg import errors
 
-from tests.conftest import MERGE, SWAP, UNION, Warehouse, before_commit, by_every_refresh, script_of, wait_until
+from tests.conftest import MERGE, SWAP, UNION, before_commit, by_every_refresh
+from tests.warehouse import Warehouse, script_of, wait_until
 
 APPLIED = "SELECT table_name, load_id FROM stg.applied_loads ORDER BY load_id"
 ANALYZE = "SELECT stg.analyze_if_stale('orders_latest')"

@@ -3,7 +3,8 @@
 import pytest
 from psycopg import errors
 
-from tests.conftest import MERGE, SWAP, UNION, Warehouse, by_every_swap
+from tests.conftest import MERGE, SWAP, UNION, by_every_swap
+from tests.warehouse import Warehouse
 
 LONG = "a_name_as_long_as_postgresql_takes_which_is_sixty_three_bytes__"
 INDEXES = {

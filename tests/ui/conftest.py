@@ -14,8 +14,8 @@ import psycopg
 import pytest
 from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, FrameLocator, Page, expect, sync_playwright
 
-from tests.conftest import ROOT
 from tests.local.up import Up, a_free_port, copy_working_tree, lend_environment
+from tests.warehouse import ROOT
 
 # A slow machine with two cores runs Airflow, PostgreSQL, a browser and other tests at once.
 PATIENCE = 90_000  # milliseconds
@@ -111,33 +111,29 @@ class Window:
 
 
 def new_context(browser: Browser) -> BrowserContext:
-    return browser.new_context(viewport={"width": WIDTH, "height": HEIGHT}, locale="en-GB", timezone_id="UTC")
+    return browser.new_context(
+        viewport={"width": WIDTH, "height": HEIGHT}, locale="en-GB", timezone_id="UTC", reduced_motion="reduce"
+    )
 
 
 @pytest.fixture(scope="module")
-def session(browser: Browser, up: Up) -> Iterator[BrowserContext]:
-    """A browser that is logged in. It is one for all: Chromium takes 3 s to compile Airflow's pages for a new one."""
-    context = new_context(browser)
-    window = Window(context.new_page(), up)
-    window.open("/")
-    window.log_in(up.password)
-    expect(window.page.get_by_role("heading", name="Welcome")).to_be_visible()
-    window.page.close()
-    yield context
-    context.close()
-
-
-def closing(window: Window, test: pytest.Item) -> Iterator[Window]:
-    yield window
-    window.page.screenshot(path=PICTURES / f"{test.name}.png")
-    window.page.evaluate("localStorage.clear()")  # what a test has set in the UI, such as dark or the view of a DAG
-    window.page.close()
-    assert window.errors == []
+def session(browser: Browser, up: Up) -> Iterator[Window]:
+    """A window that is logged in, one for all: a new one would compile Airflow's pages anew, 4 s on two cores."""
+    with new_context(browser) as context:
+        window = Window(context.new_page(), up)
+        window.open("/")
+        window.log_in(up.password)
+        expect(window.page.get_by_role("heading", name="Welcome")).to_be_visible()
+        yield window
 
 
 @pytest.fixture
-def window(session: BrowserContext, up: Up, request: pytest.FixtureRequest) -> Iterator[Window]:
-    yield from closing(Window(session.new_page(), up), request.node)
+def window(session: Window, request: pytest.FixtureRequest) -> Iterator[Window]:
+    """With a login, and nothing that another test has set in the UI, such as dark or the view of a DAG."""
+    session.page.evaluate("localStorage.clear()")
+    session.errors.clear()
+    session.expected.clear()
+    yield from closing(session, request.node)
 
 
 @pytest.fixture
@@ -145,6 +141,12 @@ def stranger(browser: Browser, up: Up, request: pytest.FixtureRequest) -> Iterat
     """Without a login."""
     with new_context(browser) as context:
         yield from closing(Window(context.new_page(), up), request.node)
+
+
+def closing(window: Window, test: pytest.Item) -> Iterator[Window]:
+    yield window
+    window.page.screenshot(path=PICTURES / f"{test.name}.png")
+    assert window.errors == []
 
 
 @pytest.fixture
