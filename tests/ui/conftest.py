@@ -14,6 +14,7 @@ import psycopg
 import pytest
 from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, FrameLocator, Page, expect, sync_playwright
 
+from tests.docs.documents import blocks
 from tests.local.up import Up, a_free_port, copy_working_tree, lend_environment
 from tests.warehouse import ROOT
 
@@ -50,10 +51,11 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture(scope="module")
 def up(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
-    """make up on empty databases; it also has the DAG of downstream.py."""
+    """make up on empty databases; it also has the DAG that docs/architecture.md has as an example."""
     clone = copy_working_tree(tmp_path_factory.mktemp("ui") / "a warehouse")
     lend_environment(clone)
-    shutil.copy(Path(__file__).with_name("downstream.py"), clone / "dags")
+    (example,) = (block for block in blocks() if block.document.name == "architecture.md" and block.kind == "python")
+    (clone / "dags" / "downstream.py").write_text(example.text)
     running = Up(clone, a_free_port())
     yield running
     running.stop(signal.SIGTERM)
@@ -98,16 +100,14 @@ class Window:
         self.navigate("Warehouse")
         return self.page.frame_locator("iframe")
 
-    def picture(self, name: str, height: int = HEIGHT) -> None:
-        """Once everything is there, and nothing moves any more.
-
-        :param height: of the window meanwhile, in pixels.
-        """
+    def resize(self, height: int = HEIGHT) -> None:
         self.page.set_viewport_size({"width": WIDTH, "height": height})
+
+    def picture(self, name: str) -> None:
+        """Once everything is there, and nothing moves any more."""
         self.page.wait_for_load_state("networkidle")
         self.page.wait_for_timeout(1_000)
         self.page.screenshot(path=PICTURES / f"{name}.png")
-        self.page.set_viewport_size({"width": WIDTH, "height": HEIGHT})
 
 
 def new_context(browser: Browser) -> BrowserContext:
@@ -131,6 +131,7 @@ def session(browser: Browser, up: Up) -> Iterator[Window]:
 def window(session: Window, request: pytest.FixtureRequest) -> Iterator[Window]:
     """With a login, and nothing that another test has set in the UI, such as dark or the view of a DAG."""
     session.page.evaluate("localStorage.clear()")
+    session.resize()
     session.errors.clear()
     session.expected.clear()
     yield from closing(session, request.node)
