@@ -89,12 +89,13 @@ def find_checks(folder: Path, table: str) -> list[Check]:
     """
     checks: dict[str, Check] = {}
     for path in sorted(folder.glob("*.sql")):
-        *target, name, severity = path.name.removesuffix(".sql").split(".") if path.name.count(".") > 1 else ("", "")
-        if severity not in SEVERITIES or len(target) not in (0, 2):
+        parts = path.name.removesuffix(".sql").split(".")
+        if len(parts) not in (2, 4) or parts[-1] not in SEVERITIES:
             raise ValueError(
                 f"{path}: a check is called NAME.SEVERITY.sql, or stg.TABLE.NAME.SEVERITY.sql for one table; "
                 f"severities are {', '.join(SEVERITIES)}"
             )
+        *target, name, severity = parts
         if target and target != ["stg", table]:
             continue
         if name in checks:

@@ -22,7 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
@@ -32,9 +32,6 @@ import psycopg
 import pytest
 from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
-from stg_refresh import rows_written
-
-from local.postgres import DEBIAN_15, Server, embedded_binaries
 
 Met = TypeVar("Met")
 ROOT = Path(__file__).resolve().parents[1]
@@ -163,7 +160,7 @@ class Warehouse:
         with self._session(PIPELINE) as conn:
             conn.add_notice_handler(keep)
             conn.execute(settings)
-            written = int(rows_written(conn.execute(script_of(transform).encode())))
+            written = rows_written(conn.execute(script_of(transform).encode()))
             conn.remove_notice_handler(keep)
             return written
 
@@ -228,6 +225,16 @@ def alembic(url: str, *arguments: str, check: bool = True) -> subprocess.Complet
     return done
 
 
+def rows_written(cursor: psycopg.Cursor[Any]) -> int:
+    """The count of a script's last INSERT."""
+    rows = 0
+    while True:
+        if (cursor.statusmessage or "").startswith("INSERT"):
+            rows = cursor.rowcount
+        if not cursor.nextset():
+            return rows
+
+
 def wait_until(
     condition: Callable[[], Met], seconds: float = 30, problem: str = "it did not happen", pause: float = 0.01
 ) -> Met:
@@ -242,7 +249,18 @@ def wait_until(
 def servers() -> list[str]:
     if os.environ.get("WAREHOUSE_URL"):
         return ["WAREHOUSE_URL"]
+    from local.postgres import DEBIAN_15
+
     return [*(["postgres15"] if DEBIAN_15.exists() else []), "embedded"]
+
+
+def clients() -> Path:
+    """The folder of psql and pg_dump: the newest, for an older pg_dump refuses."""
+    with suppress(ImportError):
+        from local.postgres import embedded_binaries
+
+        return embedded_binaries()
+    return Path(shutil.which("psql") or "/usr/bin/psql").parent
 
 
 @contextmanager
@@ -265,7 +283,9 @@ def start() -> Iterator[Callable[[str], DatabaseServer]]:
         @cache
         def start_(name: str) -> DatabaseServer:
             if name == "WAREHOUSE_URL":
-                return stack.enter_context(closing(DatabaseServer(os.environ[name], embedded_binaries())))
+                return stack.enter_context(closing(DatabaseServer(os.environ[name], clients())))
+            from local.postgres import DEBIAN_15, Server, embedded_binaries
+
             binaries = DEBIAN_15 if name == "postgres15" else embedded_binaries()
             server = stack.enter_context(Server(stack.enter_context(folder_for_a_server()), binaries, FAST))
             return stack.enter_context(closing(DatabaseServer(server.url("postgres"), binaries)))
