@@ -115,7 +115,7 @@ class DatabaseServer:
         self._execute(sql.SQL("DROP DATABASE IF EXISTS {} WITH (FORCE)").format(sql.Identifier(name)))
 
     def _execute(self, query: sql.Composed) -> None:
-        if self._session is None:
+        if self._session is None or self._session.closed:  # by a server that was started anew
             self._session = psycopg.connect(self.admin, autocommit=True)
         self._session.execute(query)
 
