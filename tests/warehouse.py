@@ -82,8 +82,12 @@ class DatabaseServer:
         alembic(url, "upgrade", "head")
         return str(conninfo_to_dict(url)["dbname"])
 
-    def drop(self, conninfo: str) -> Future[None]:
-        """Drop a database, and end who is in it: soon, or when the result is asked for."""
+    def drop(self, conninfo: str) -> None:
+        """Drop a database, and end who is in it."""
+        self.drop_soon(conninfo).result()
+
+    def drop_soon(self, conninfo: str) -> Future[None]:
+        """The same, while the next test runs."""
         return self._worker.submit(self._drop, conninfo)
 
     def close(self) -> None:
@@ -91,7 +95,7 @@ class DatabaseServer:
         if self._ahead:
             self.drop(self._ahead.result())
         if "template" in vars(self):
-            self.drop(make_conninfo(self.admin, dbname=self.template)).result()
+            self.drop(make_conninfo(self.admin, dbname=self.template))
 
     def __del__(self) -> None:
         self._worker.shutdown(wait=False)  # it may be the worker itself who lets go of us last
@@ -302,7 +306,7 @@ def server(request: pytest.FixtureRequest, start: Callable[[str], DatabaseServer
 def warehouse(server: DatabaseServer) -> Iterator[Warehouse]:
     url = server.clone()
     yield Warehouse(url, server)
-    server.drop(url)
+    server.drop_soon(url)
 
 
 @pytest.fixture
@@ -310,4 +314,4 @@ def database(server: DatabaseServer) -> Iterator[str]:
     """An empty database, for the migrations themselves."""
     url = server.make()
     yield url
-    server.drop(url)
+    server.drop_soon(url)
