@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from psycopg import Connection, Cursor
+from psycopg import Connection, Cursor, Error
 from psycopg.rows import tuple_row
 
 log = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ WITH offending AS MATERIALIZED (
 
 SELECT
     (SELECT count(*) FROM offending) AS offending,
-    row_to_json(offending)::text AS example
+    left(row_to_json(offending.*)::text, {}) AS example
 FROM offending
 LIMIT {}
 """
@@ -83,18 +83,24 @@ class Result:
 def find_checks(folder: Path, table: str) -> list[Check]:
     """The checks of a staging table, by name.
 
-    :param folder: sql/checks.
+    :param folder: sql/checks. Names that begin with a dot are nobody's.
     :param table: the staging table, without its schema.
-    :raises ValueError: a file's name is none of a check, or two checks have one name.
+    :raises ValueError: there is no such folder, something in it is not called like a check, or two checks have one name.
+        A check that nobody asks would look like one that finds nothing.
     """
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: there is no such folder, so nothing would be checked")
     checks: dict[str, Check] = {}
-    for path in sorted(folder.glob("*.sql")):
-        *target, name, severity = path.name.removesuffix(".sql").split(".") if path.name.count(".") > 1 else ("", "")
-        if severity not in SEVERITIES or len(target) not in (0, 2):
+    for path in sorted(path for path in folder.iterdir() if not path.name.startswith(".")):
+        parts = path.name.split(".")
+        if len(parts) not in (3, 5) or parts[-1] != "sql" or parts[-2] not in SEVERITIES or not path.is_file():
             raise ValueError(
                 f"{path}: a check is called NAME.SEVERITY.sql, or stg.TABLE.NAME.SEVERITY.sql for one table; "
                 f"severities are {', '.join(SEVERITIES)}"
             )
+        *target, name, severity, _ = parts
+        if target and not (folder.parent / "transforms" / f"{'.'.join(target)}.sql").exists():
+            raise ValueError(f"{path}: sql/transforms/ makes no table {'.'.join(target)}")
         if target and target != ["stg", table]:
             continue
         if name in checks:
@@ -130,7 +136,7 @@ def check_pending(
         cur.execute("SELECT stg.begin_refresh(%s)", (table,))
         cur.execute("SELECT current_setting('de_dw.loads_to_apply')::bigint[]")
         (loads,) = cur.fetchone() or ([],)
-        results = [_ask(cur, check, accept) for check in checks] if loads else []
+        results = [_ask(cur, check, loads, accept) for check in checks] if loads else []
         for result in results:
             examples = f"[{', '.join(result.examples)}]"
             kept = (batch_id, loads, result.offending, examples, result.is_accepted)
@@ -138,10 +144,18 @@ def check_pending(
     return loads, results
 
 
-def _ask(cur: Cursor[Any], check: Check, accept: Collection[str]) -> Result:
-    query = check.path.read_text().rstrip().removesuffix(";")
-    cur.execute(ASK.format(query, EXAMPLES).encode())
-    found = cur.fetchall()
+def _ask(cur: Cursor[Any], check: Check, loads: list[int], accept: Collection[str]) -> Result:
+    try:
+        query = check.path.read_text(encoding="utf-8-sig").rstrip().removesuffix(";")
+        with cur.connection.transaction():
+            # Each on its own: it can't write, nor change what the next one sees.
+            cur.execute("SELECT set_config('de_dw.loads_to_apply', %s::bigint[]::text, true)", (loads,))
+            cur.execute("SET LOCAL transaction_read_only = on")
+            cur.execute(ASK.format(query, EXAMPLE_CHARACTERS + 1, EXAMPLES).encode())
+            found = cur.fetchall()
+    except (Error, UnicodeError) as error:
+        error.add_note(f"in {check.path}, whose first line is line 3 of the statement")
+        raise
     examples = [
         text if len(text) <= EXAMPLE_CHARACTERS else json.dumps({"cut off": text[:EXAMPLE_CHARACTERS]})
         for _, text in found

@@ -100,8 +100,14 @@ class Load:
         )
 
     def report(self, table: str) -> dict[str, Any]:
-        """All of it by name, with mb_per_second, and a sentence on it as summary: for logs, XCom and events."""
-        return asdict(self) | {"mb_per_second": round(self.mb_per_second, 1), "summary": f"{table}: {self}"}
+        """All of it by name, with mb_per_second, and a sentence on it as summary: for logs, XCom and events.
+
+        What had been loaded before is not counted again: rows and rejects are those that this call brought.
+        """
+        brought = {"rows": self.rows, "rejects": self.rejects, "mb_per_second": round(self.mb_per_second, 1)}
+        if not self.is_new:
+            brought = dict.fromkeys(brought, 0)
+        return asdict(self) | brought | {"summary": f"{table}: {self}"}
 
 
 def load_batch(

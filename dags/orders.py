@@ -7,7 +7,7 @@
 |---|---|---|
 | `generate_batch` | writes the run's CSV file | a run's timestamp and seed make the same bytes |
 | `load_raw` | brings it to `raw.orders`, with a row in `raw.loads` | what the ledger has is not loaded again |
-| `check_batch` | asks `sql/checks/` of what is pending; a failed check stops here | it changes nothing |
+| `check_batch` | asks `sql/checks/` of what is pending; one that fails stops it | it adds to `ops.check_results` only |
 | `choose_refresh` | looks how much is pending (param `refresh`: auto) | it changes nothing |
 | `swap_latest` | all of raw, swapped in: the first time, or to mend stg | readers see the old rows or the new |
 | `union_latest` | previous rows and pending loads, swapped in: for large batches | the same |
@@ -27,28 +27,39 @@ import os
 import sys
 import time
 from datetime import datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 from airflow.providers.common.sql.operators.sql import SQLExecuteQueryOperator
 from airflow.providers.postgres.hooks.postgres import PostgresHook
-from airflow.sdk import (
+from airflow.sdk import (  # type: ignore[attr-defined] # its stub lacks those of deadlines
     Asset,
+    DeadlineAlert,
+    DeadlineReference,
     ExceptionRetryPolicy,
     Label,
     ObjectStoragePath,
     Param,
     RetryAction,
     RetryRule,
+    SyncCallback,
     dag,
     task,
 )
-from airflow.sdk.definitions.callback import SyncCallback
-from airflow.sdk.definitions.deadline import DeadlineAlert, DeadlineReference
 from batch_check import check_pending, find_checks
 from batch_load import BatchError, load_batch
-from run_report import first_comment, help_at, no_fresh_batch, page, report_checks, report_refresh, say, with_a_test
+from run_report import (
+    first_comment,
+    help_at,
+    no_fresh_batch,
+    report_checks,
+    report_refresh,
+    say,
+    ui_url,
+    without_deadline_in_tests,
+)
 from stg_refresh import cheapest_refresh, refresh_counts
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -81,7 +92,7 @@ def stored(url: str) -> Any:
     max_active_runs=1,
     catchup=False,
     tags=["warehouse", "orders"],
-    owner_links={"warehouse": page("plugin/warehouse")},
+    owner_links={"warehouse": ui_url("plugin/warehouse")},
     doc_md=__doc__,
     template_searchpath=[str(SCRIPTS)],
     deadline=DeadlineAlert(
@@ -215,7 +226,7 @@ def orders() -> None:
                 autocommit=True,  # the script has its own BEGIN and COMMIT, and an ANALYZE after it
                 handler=refresh_counts,
                 hook_params={"log_sql": False, "enable_log_db_messages": True},
-                post_execute=report_refresh,
+                post_execute=partial(report_refresh, table=LATEST, chooser="choose_refresh", checker="check_batch"),
                 outlets=[LATEST],
             )
         )
@@ -223,4 +234,4 @@ def orders() -> None:
     load_raw(generate_batch()) >> check_batch() >> chosen
 
 
-with_a_test(orders())
+without_deadline_in_tests(orders())

@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from batch_check import Result
 from stg_refresh import counted
 
 log = logging.getLogger(__name__)
@@ -17,7 +18,7 @@ def say(ti: Any, summary: str) -> None:
     ti.xcom_push("summary", summary)
 
 
-def report_checks(ti: Any, table: str, loads: list[int], results: list[Any]) -> dict[str, Any]:
+def report_checks(ti: Any, table: str, loads: list[int], results: list[Result]) -> dict[str, Any]:
     """Say how the checks of a staging table came out.
 
     :param results: of `batch_check.check_pending`.
@@ -50,12 +51,14 @@ def report_checks(ti: Any, table: str, loads: list[int], results: list[Any]) -> 
     return {"summary": summary, "warnings": warnings}
 
 
-def report_refresh(context: Any, counts: dict[str, int]) -> None:
-    """Say what a refresh did: its kind and why, how much, and what the checks before it warned of."""
-    ti, task = context["ti"], context["task"]
-    (table,) = task.outlets
-    (chooser,) = task.upstream_task_ids
-    (checker,) = task.dag.get_task(chooser).upstream_task_ids
+def report_refresh(context: Any, counts: dict[str, int], *, table: Any, chooser: str, checker: str) -> None:
+    """Say what a refresh did: its kind and why, how much, and what the checks before it warned of.
+
+    :param table: the asset of the staging table.
+    :param chooser: the task that chose the refresh, with XCom `refresh`: kind and why.
+    :param checker: the task that made the checks.
+    """
+    ti = context["ti"]
     kind, why = ti.xcom_pull(task_ids=chooser, key="refresh")
     warnings = ti.xcom_pull(task_ids=checker, key="warnings") or []
     seconds = round((datetime.now(UTC) - ti.start_date).total_seconds(), 2)
@@ -68,9 +71,10 @@ def report_refresh(context: Any, counts: dict[str, int]) -> None:
     context["outlet_events"][table].extra = counts | facts
 
 
-def differences(cursor: Any) -> Any:
+def differences(table: str, cursor: Any) -> Any:
     """Return the counts of a verify script, by name.
 
+    :param table: the staging table, with its schema.
     :raises AirflowFailException: one of them, but for `compared`, is not 0. To try again would not help.
     """
     from airflow.sdk.exceptions import AirflowFailException
@@ -79,16 +83,16 @@ def differences(cursor: Any) -> Any:
     if any(count for name, count in counts.items() if name != "compared"):
         found = ", ".join(f"{count:,} {name}" for name, count in counts.items())
         raise AirflowFailException(
-            f"the staging table is not what a full refresh would make of raw: {found}. Trigger the DAG that refreshes "
-            f"it with refresh set to swap, which makes it anew, and find out who else writes to schema stg"
+            f"{table} is not what a full refresh would make of raw: {found}. Trigger the DAG that refreshes it with "
+            f"refresh set to swap, which makes it anew, and find out who else writes to schema stg"
         )
     return counts
 
 
-def report_verification(context: Any, counts: dict[str, int]) -> None:
+def report_verification(context: Any, counts: dict[str, int], *, table: str) -> None:
     """Say what was compared."""
     found = ", ".join(f"{count:,} {name}" for name, count in counts.items())
-    say(context["ti"], f"the staging table is what raw says: {found}")
+    say(context["ti"], f"{table} is what raw says: {found}")
 
 
 def help_at(section: str) -> Callable[[Any], None]:
@@ -99,13 +103,13 @@ def help_at(section: str) -> Callable[[Any], None]:
 
     def point_to_docs(context: Any) -> None:
         log.error(
-            "What this means, and what to do: docs/operations.md, %s", page(f"warehouse/docs/operations#{section}")
+            "What this means, and what to do: docs/operations.md, %s", ui_url(f"warehouse/docs/operations.md#{section}")
         )
 
     return point_to_docs
 
 
-def page(path: str) -> str:
+def ui_url(path: str) -> str:
     """The address of a page of Airflow's UI."""
     from airflow.sdk.configuration import conf
 
@@ -113,18 +117,20 @@ def page(path: str) -> str:
 
 
 def no_fresh_batch(table: str, context: Any) -> None:
-    """The callback of a missed deadline: say it in the scheduler's log. Put a notifier of yours in its place."""
+    """The callback of a missed deadline: say it in a log of its own, which is in the folder executor_callbacks/ of
+    Airflow's logs. Put a notifier of yours in its place.
+    """
     run = context["dag_run"]
     log.error(
         "%s: run %s of %s has not published its batch in time: %s",
         table,
         run["run_id"],
         run["dag_id"],
-        page("plugin/warehouse"),
+        ui_url("plugin/warehouse"),
     )
 
 
-def with_a_test(dag: Any) -> None:
+def without_deadline_in_tests(dag: Any) -> None:
     """Let `dag.test()`, and so `airflow dags test`, run a DAG that has a deadline.
 
     Airflow 3.3.2 looks for the alert's row in its database, which only the DAG processor writes, and fails when all is

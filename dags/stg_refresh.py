@@ -64,8 +64,3 @@ def refresh_counts(cursor: Any) -> Any:
             (counts["loads"],) = cursor.fetchone()
         if not cursor.nextset():
             return counts
-
-
-def rows_written(cursor: Any) -> int:
-    """The rows of refresh_counts."""
-    return int(refresh_counts(cursor)["rows"])

@@ -8,11 +8,12 @@ reader, and is tried again. It costs about what a full refresh costs. By hand:
 """
 
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 from airflow.providers.common.sql.operators.sql import SQLExecuteQueryOperator
 from airflow.sdk import dag
-from run_report import differences, help_at, page, report_verification
+from run_report import differences, help_at, report_verification, ui_url
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -22,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
     max_active_runs=1,
     catchup=False,
     tags=["warehouse", "orders"],
-    owner_links={"warehouse": page("plugin/warehouse")},
+    owner_links={"warehouse": ui_url("plugin/warehouse")},
     doc_md=__doc__,
     template_searchpath=[str(ROOT / "sql" / "transforms")],
     default_args={
@@ -38,9 +39,9 @@ def verify_orders() -> None:
         task_id="verify_latest",
         conn_id="de_dw",
         sql="stg.orders_latest.verify.sql",
-        handler=differences,
+        handler=partial(differences, "stg.orders_latest"),
         hook_params={"log_sql": False},
-        post_execute=report_verification,
+        post_execute=partial(report_verification, table="stg.orders_latest"),
     )
 
 

@@ -4,7 +4,9 @@ Each process of Airflow imports this file. What it costs is in warehouse_page, w
 somebody asks for the page: a mistake in there is a page that fails, not an Airflow that does not start.
 """
 
+import asyncio
 from collections.abc import Awaitable, Callable
+from functools import cache
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -16,11 +18,18 @@ PREFIX = "/warehouse"
 HREF = urlsplit(conf.get("api", "base_url", fallback="")).path.rstrip("/") + PREFIX
 
 
-async def page(scope: Any, receive: Callable[[], Awaitable[Any]], send: Callable[[Any], Awaitable[None]]) -> None:
-    """The page as an ASGI application."""
+@cache
+def application() -> Any:
+    """The page, read from its files the first time that it is asked for."""
     from warehouse_page.app import app
 
-    await app()(scope, receive, send)
+    return app()
+
+
+async def page(scope: Any, receive: Callable[[], Awaitable[Any]], send: Callable[[Any], Awaitable[None]]) -> None:
+    """The page as an ASGI application."""
+    # In a thread: to read it takes a moment the first time, and the server answers others meanwhile.
+    await (await asyncio.to_thread(application))(scope, receive, send)
 
 
 class WarehousePlugin(AirflowPlugin):

@@ -22,7 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
@@ -32,9 +32,6 @@ import psycopg
 import pytest
 from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
-from stg_refresh import rows_written
-
-from local.postgres import DEBIAN_15, Server, embedded_binaries
 
 Met = TypeVar("Met")
 ROOT = Path(__file__).resolve().parents[1]
@@ -85,8 +82,12 @@ class DatabaseServer:
         alembic(url, "upgrade", "head")
         return str(conninfo_to_dict(url)["dbname"])
 
-    def drop(self, conninfo: str) -> Future[None]:
-        """Drop a database, and end who is in it: soon, or when the result is asked for."""
+    def drop(self, conninfo: str) -> None:
+        """Drop a database, and end who is in it."""
+        self.drop_soon(conninfo).result()
+
+    def drop_soon(self, conninfo: str) -> Future[None]:
+        """The same, while the next test runs."""
         return self._worker.submit(self._drop, conninfo)
 
     def close(self) -> None:
@@ -94,7 +95,7 @@ class DatabaseServer:
         if self._ahead:
             self.drop(self._ahead.result())
         if "template" in vars(self):
-            self.drop(make_conninfo(self.admin, dbname=self.template)).result()
+            self.drop(make_conninfo(self.admin, dbname=self.template))
 
     def __del__(self) -> None:
         self._worker.shutdown(wait=False)  # it may be the worker itself who lets go of us last
@@ -115,7 +116,7 @@ class DatabaseServer:
         self._execute(sql.SQL("DROP DATABASE IF EXISTS {} WITH (FORCE)").format(sql.Identifier(name)))
 
     def _execute(self, query: sql.Composed) -> None:
-        if self._session is None:
+        if self._session is None or self._session.closed:  # by a server that was started anew
             self._session = psycopg.connect(self.admin, autocommit=True)
         self._session.execute(query)
 
@@ -163,7 +164,7 @@ class Warehouse:
         with self._session(PIPELINE) as conn:
             conn.add_notice_handler(keep)
             conn.execute(settings)
-            written = int(rows_written(conn.execute(script_of(transform).encode())))
+            written = rows_written(conn.execute(script_of(transform).encode()))
             conn.remove_notice_handler(keep)
             return written
 
@@ -228,6 +229,16 @@ def alembic(url: str, *arguments: str, check: bool = True) -> subprocess.Complet
     return done
 
 
+def rows_written(cursor: psycopg.Cursor[Any]) -> int:
+    """The count of a script's last INSERT."""
+    rows = 0
+    while True:
+        if (cursor.statusmessage or "").startswith("INSERT"):
+            rows = cursor.rowcount
+        if not cursor.nextset():
+            return rows
+
+
 def wait_until(
     condition: Callable[[], Met], seconds: float = 30, problem: str = "it did not happen", pause: float = 0.01
 ) -> Met:
@@ -242,7 +253,18 @@ def wait_until(
 def servers() -> list[str]:
     if os.environ.get("WAREHOUSE_URL"):
         return ["WAREHOUSE_URL"]
+    from local.postgres import DEBIAN_15
+
     return [*(["postgres15"] if DEBIAN_15.exists() else []), "embedded"]
+
+
+def clients() -> Path:
+    """The folder of psql and pg_dump: the newest, for an older pg_dump refuses."""
+    with suppress(ImportError):
+        from local.postgres import embedded_binaries
+
+        return embedded_binaries()
+    return Path(shutil.which("psql") or "/usr/bin/psql").parent
 
 
 @contextmanager
@@ -265,7 +287,9 @@ def start() -> Iterator[Callable[[str], DatabaseServer]]:
         @cache
         def start_(name: str) -> DatabaseServer:
             if name == "WAREHOUSE_URL":
-                return stack.enter_context(closing(DatabaseServer(os.environ[name], embedded_binaries())))
+                return stack.enter_context(closing(DatabaseServer(os.environ[name], clients())))
+            from local.postgres import DEBIAN_15, Server, embedded_binaries
+
             binaries = DEBIAN_15 if name == "postgres15" else embedded_binaries()
             server = stack.enter_context(Server(stack.enter_context(folder_for_a_server()), binaries, FAST))
             return stack.enter_context(closing(DatabaseServer(server.url("postgres"), binaries)))
@@ -282,7 +306,7 @@ def server(request: pytest.FixtureRequest, start: Callable[[str], DatabaseServer
 def warehouse(server: DatabaseServer) -> Iterator[Warehouse]:
     url = server.clone()
     yield Warehouse(url, server)
-    server.drop(url)
+    server.drop_soon(url)
 
 
 @pytest.fixture
@@ -290,4 +314,4 @@ def database(server: DatabaseServer) -> Iterator[str]:
     """An empty database, for the migrations themselves."""
     url = server.make()
     yield url
-    server.drop(url)
+    server.drop_soon(url)

@@ -6,9 +6,9 @@ SELECT
     bytes
 FROM raw.loads
 WHERE
-    load_id = any(current_setting('de_dw.loads_to_apply')::bigint[])
+    load_id IN (SELECT unnest(current_setting('de_dw.loads_to_apply')::bigint[]))
     AND NOT EXISTS (
         SELECT 1
         FROM raw.loads AS filled
-        WHERE filled.load_id = any(current_setting('de_dw.loads_to_apply')::bigint[]) AND filled.rows > 0
+        WHERE filled.load_id IN (SELECT unnest(current_setting('de_dw.loads_to_apply')::bigint[])) AND filled.rows > 0
     );

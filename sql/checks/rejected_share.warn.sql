@@ -7,5 +7,5 @@ SELECT
     round(100.0 * rejects / (rows + rejects), 2) AS percent
 FROM raw.loads
 WHERE
-    load_id = any(current_setting('de_dw.loads_to_apply')::bigint[])
+    load_id IN (SELECT unnest(current_setting('de_dw.loads_to_apply')::bigint[]))
     AND rejects > 0.01 * (rows + rejects);

@@ -20,6 +20,6 @@ CROSS JOIN
         ) AS earlier
     ) AS usual
 WHERE
-    l.load_id = any(current_setting('de_dw.loads_to_apply')::bigint[])
+    l.load_id IN (SELECT unnest(current_setting('de_dw.loads_to_apply')::bigint[]))
     AND usual.loads >= 3
     AND (l.rows < usual.rows / 2 OR l.rows > usual.rows * 2);

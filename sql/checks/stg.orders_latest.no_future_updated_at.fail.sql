@@ -7,6 +7,6 @@ SELECT
     row_id
 FROM raw.orders
 WHERE
-    load_id = any(current_setting('de_dw.loads_to_apply')::bigint[])
+    load_id IN (SELECT unnest(current_setting('de_dw.loads_to_apply')::bigint[]))
     AND updated_at >= now() + interval '5 minutes'
 ORDER BY updated_at DESC;

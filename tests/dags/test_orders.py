@@ -1,6 +1,7 @@
 """The DAGs `orders` and `verify_orders`: their structure, and real runs of them on a real warehouse."""
 
 import hashlib
+import importlib
 import os
 import re
 import subprocess
@@ -434,7 +435,7 @@ def test_verification_is_red_at_once_when_somebody_else_wrote_and_green_after_a_
 
     assert states(red) == {"verify_latest": ("failed", 1)}, "to look again would not help"
     with warehouse.connect() as conn, pytest.raises(AirflowFailException) as said:
-        differences(conn.execute(VERIFY.encode()))
+        differences("stg.orders_latest", conn.execute(VERIFY.encode()))
     assert f"would make of raw: {found} compared. Trigger the DAG that refreshes it with refresh set to swap" in str(
         said.value
     )
@@ -565,7 +566,7 @@ def test_each_task_says_in_one_sentence_what_it_did(
     assert stg["seconds"] > 0
     assert said["swap_latest"].startswith(stg["summary"])
     assert summaries(verify()) == {
-        "verify_latest": "the staging table is what raw says: 0 missing, 0 extra, 0 different, 1,000 compared"
+        "verify_latest": "stg.orders_latest is what raw says: 0 missing, 0 extra, 0 different, 1,000 compared"
     }
 
 
@@ -574,9 +575,25 @@ def test_batch_that_comes_again_is_said_to_bring_nothing(dag: Any, warehouse: Wa
         run = dag.test(logical_date=RUN, run_after=RUN, run_conf={"rows": 10})
 
     said = summaries(run)
+    raw = events(run)["raw.orders"]
+    assert (raw["load_id"], raw["rows"], raw["mb_per_second"], raw["is_new"]) == (1, 0, 0, False), (
+        "nobody adds it twice"
+    )
     assert said["load_raw"] == f"raw.orders: already loaded as load 1, batch {run.run_id}: 0 new rows"
     assert said["check_batch"] == "stg.orders_latest: no load is pending, so there is nothing to check"
     assert said["merge_latest"].startswith("stg.orders_latest: merge of 0 loads, 0 rows written in ")
+
+
+def test_run_that_has_not_published_within_an_hour_is_said(parsed: Any, caplog: pytest.LogCaptureFixture) -> None:
+    (alert,) = parsed.deadline
+    module, _, function = alert.callback.path.rpartition(".")
+
+    context = {"dag_run": {"dag_id": "orders", "run_id": "manual__1"}, "deadline": {"id": "1"}}  # as Airflow calls it
+    getattr(importlib.import_module(module), function)(**alert.callback.kwargs, context=context)
+
+    assert (alert.name, alert.interval) == ("no fresh batch", timedelta(hours=1))
+    assert alert.reference.reference_name == "DagRunQueuedAtDeadline"
+    assert "stg.orders_latest: run manual__1 of orders has not published its batch in time: http" in caplog.text
 
 
 FUTURE = "order_id | updated_at\n1 | 2026-01-01\n2 | 2999-01-01\n3 | 3000-01-01"
@@ -601,7 +618,7 @@ def test_failed_check_leaves_stg_as_it_is_and_shows_the_rows(
     assert "check no_future_updated_at (fail) failed: 2 offending" in caplog.text
     assert '{"order_id":2,"updated_at":"2999-01-01T00:00:00+00:00","load_id":2,' in caplog.text
     assert "failed: no_future_updated_at (2 offending rows)" in summaries(run)["check_batch"]
-    assert "docs/operations.md, http://127.0.0.1:8080/warehouse/docs/operations#a-check-is-red" in caplog.text
+    assert "docs/operations.md, http://127.0.0.1:8080/warehouse/docs/operations.md#a-check-is-red" in caplog.text
     outcomes = "SELECT outcome, offending FROM ops.last_checks WHERE check_name = 'no_future_updated_at'"
     assert warehouse.rows(outcomes) == [("failed", 2)]
 

@@ -1,14 +1,17 @@
 """The worked example of docs/testing.md, done as it is written: in a copy of the tree."""
 
+import os
 import re
+import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from tests.docs.documents import Block, blocks
 from tests.docs.test_commands import bash, tree
-from tests.warehouse import servers
+from tests.warehouse import ROOT, DatabaseServer, servers
 
 __all__ = ["tree"]  # a fixture
 
@@ -43,6 +46,28 @@ def test_first_test_of_the_docs_passes(tree: Path, server: object) -> None:
     (tree / "tests" / "sql" / "test_of_the_docs.py").write_text(test.text)
 
     done = bash(".venv/bin/python -m pytest -q tests/sql/test_of_the_docs.py", tree)
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"\b[12] passed", done.stdout)
+
+
+def test_the_file_to_copy_needs_nothing_else_of_this_repository(server: DatabaseServer, tmp_path: Path) -> None:
+    """But a schema, Alembic's here, and scripts."""
+    for name in ("alembic.ini", "alembic", "sql", "tests/warehouse.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, tmp_path / name)
+    (tmp_path / "pytest.ini").write_text("[pytest]\npythonpath = .\n")
+    (tmp_path / "conftest.py").write_text('pytest_plugins = ["tests.warehouse"]\n')
+    (test,) = (block for block in of_the_example("python") if "def test_" in block.text)
+    (tmp_path / "test_mine.py").write_text(test.text)
+
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q"],
+        cwd=tmp_path,
+        env={"PATH": os.environ["PATH"], "WAREHOUSE_URL": server.admin},
+        capture_output=True,
+        text=True,
+    )
 
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r"\b[12] passed", done.stdout)

@@ -761,3 +761,20 @@ def test_figures_are_written_for_people(function: str, value: Any, said: Any) ->
     from warehouse_page import words
 
     assert words.FILTERS[function](value) == (pytest.approx(said) if function == "ceiling" else said)
+
+
+def test_what_a_failed_task_points_to_is_a_page(api: Any, caplog: pytest.LogCaptureFixture) -> None:
+    from run_report import help_at
+
+    sources = "".join(path.read_text() for path in sorted((ROOT / "dags").glob("*.py")))
+    sections = set(re.findall(r'help_at\("(.+?)"\)', sources))
+    assert len(sections) > 1
+    for section in sections:
+        caplog.clear()
+        help_at(section)({})
+        (address,) = re.findall(r"http://127.0.0.1:8080(/\S+)", caplog.text)
+
+        answer = Page(api, "viewer").get(address)
+
+        assert answer.status_code == 200
+        assert f'id="{section}"' in answer.text
