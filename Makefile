@@ -7,7 +7,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo up down test compose-test lint format bench lock clean .env
+.PHONY: help demo up down test screenshots compose-test lint format bench lock clean .env
 
 help: ## this list
 	@awk -F ':.*## ' '/^[.a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -24,6 +24,11 @@ down: ## stop what make up or make demo runs elsewhere
 test: .venv/dev.ok ## all tests, on PostgreSQL 15 if it is installed and on the embedded one
 	@# A server that WAREHOUSE_URL names is one for all: there the tests run one after the other.
 	@.venv/bin/python -m pytest -n $(if $(WAREHOUSE_URL),0,2)
+
+screenshots: .venv/dev.ok ## the UI's tests, in Chromium, and the pictures of the README from them
+	@.venv/bin/python -m pytest tests/ui
+	@cd "$(or $(SCREENSHOTS),.run/screenshots)" && cp graph.png warehouse.png warehouse-dark.png "$(CURDIR)/docs/img" && \
+	    echo "All pictures: $$PWD; those of the README: docs/img"
 
 compose-test: .venv/dev.ok ## compose.yaml for real: the counts, kills, each line of its security, three workers
 	@tests/compose/run.sh

@@ -56,7 +56,7 @@ def before_commit(transform: str) -> str:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What takes long comes first, so that the processes of pytest -n end at about the same time."""
-    slow = ["local", "dags", "alembic"]
+    slow = ["local", "ui", "dags", "alembic"]
     items.sort(key=lambda item: [*slow, item.path.parent.name].index(item.path.parent.name))
 
 

@@ -4,7 +4,6 @@ import ast
 import gzip
 import os
 import re
-import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +12,7 @@ import pytest
 
 from tests.conftest import SWAP
 from tests.docs.documents import DOCUMENTS, Block, anchors, blocks, links
+from tests.local.up import copy_working_tree, lend_environment
 from tests.warehouse import ROOT, Warehouse
 
 COMMANDS = [block for block in blocks() if block.kind in ("bash", "line")]
@@ -55,7 +55,7 @@ COLLECT = r"\.venv/bin/python -m pytest (?!-q ).*"
 NOT_RUN = {
     r"(\w+=\S+ )?make test": "it is what runs this",
     r"make lint": "it is run beside make test",
-    r"make (format|bench)|\.venv/bin/python -m bench .*": "they write to the tree, or take many minutes",
+    r"make (format|bench|screenshots)|\.venv/bin/python -m bench .*": "they write to the tree, or take many minutes",
     r"make lock|local/venv\.sh requirements-image\.txt": "they ask a package registry",
     r"make compose-test|docker .*": "they need a Docker engine; make compose-test runs most of them",
     r"kubectl .*|helm .*": "they need a cluster",
@@ -65,19 +65,8 @@ NOT_RUN = {
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
     """A copy of the working tree, with the same packages."""
-    target = tmp_path / "a copy"
-    listed = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-        cwd=ROOT,
-        check=True,
-        capture_output=True,
-        text=True,
-    )
-    for name in filter(None, listed.stdout.split("\0")):
-        if (ROOT / name).is_file() and name != ".venv":
-            (target / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, target / name)
-    (target / ".venv").symlink_to((ROOT / ".venv").resolve())
+    target = copy_working_tree(tmp_path / "a copy")
+    lend_environment(target)
     return target
 
 

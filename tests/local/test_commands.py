@@ -1,24 +1,17 @@
 """make demo, make up and make down as a new user has them: in a clone, in a path with a space."""
 
-import json
-import os
-import re
-import shutil
 import signal
-import socket
 import subprocess
 import sys
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
-import psutil
 import psycopg
 import pytest
 
+from tests.local.up import Up, a_free_port, copy_working_tree, environment, make, processes
 from tests.s3 import S3
 from tests.warehouse import ROOT, DatabaseServer, wait_until
 
@@ -30,45 +23,11 @@ TABLE = """\
                      distinct order_id               100
                      rows from the latest batch      100
 """
-INTERFERES = re.compile("WAREHOUSE_|AIRFLOW|VIRTUAL_ENV|PYTHON|LOCAL_STATE|MAKE|PORT$")
 
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What is in this working tree, without what git ignores."""
-    target = tmp_path_factory.mktemp("clone") / "a warehouse"
-    listed = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-        cwd=ROOT,
-        check=True,
-        capture_output=True,
-        text=True,
-    )
-    for name in listed.stdout.split("\0")[:-1]:
-        if (ROOT / name).exists():
-            (target / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, target / name)
-    return target
-
-
-def environment(**more: str) -> dict[str, str]:
-    """A user's environment, with nothing of ours in it, and the C locale."""
-    return {name: value for name, value in os.environ.items() if not INTERFERES.match(name)} | {"LC_ALL": "C"} | more
-
-
-def make(clone: Path, target: str, **env: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(["make", target], cwd=clone, env=environment(**env), capture_output=True, text=True)
-
-
-def processes(clone: Path) -> list[str]:
-    """What runs from the clone. Airflow's workers change their command lines, but not their environment."""
-    found = []
-    for process in psutil.process_iter():
-        with suppress(psutil.Error):
-            command = " ".join(process.cmdline())
-            if str(clone) in command or process.environ().get("AIRFLOW_HOME", "").startswith(str(clone)):
-                found.append(command)
-    return found
+    return copy_working_tree(tmp_path_factory.mktemp("clone") / "a warehouse")
 
 
 def test_help_is_the_default(clone: Path) -> None:
@@ -152,57 +111,6 @@ def test_files_on_s3_without_its_packages_say_what_to_install(clone: Path, targe
         in done.stdout
     )
     assert "PostgreSQL" not in done.stdout
-
-
-class Up:
-    """make up in a clone, and its API."""
-
-    def __init__(self, clone: Path, port: int) -> None:
-        self.clone = clone
-        self.base = f"http://127.0.0.1:{port}"
-        self.output = clone.parent / "up.txt"
-        with self.output.open("w") as file:
-            self.process = subprocess.Popen(
-                ["make", "up"],
-                cwd=clone,
-                env=environment(PORT=str(port)),
-                stdin=subprocess.DEVNULL,
-                stdout=file,
-                stderr=file,
-                start_new_session=True,
-            )
-        wait_until(lambda: "Ctrl-C stops it" in self.output.read_text() or self.process.poll() is not None, 120)
-        assert self.process.poll() is None, self.output.read_text()
-        (password,) = re.findall(r"password (\S+)", self.output.read_text())
-        self.token = ""
-        self.token = self.call("POST", "/auth/token", {"username": "admin", "password": password})["access_token"]
-
-    def call(self, method: str, path: str, body: Any = None) -> Any:
-        request = urllib.request.Request(  # noqa: S310
-            self.base + path,
-            method=method,
-            data=None if body is None else json.dumps(body).encode(),
-            headers={"Content-Type": "application/json"}
-            | ({"Authorization": f"Bearer {self.token}"} if self.token else {}),
-        )
-        with urllib.request.urlopen(request, timeout=30) as answer:  # noqa: S310
-            return json.load(answer)
-
-    def finish(self, run_id: str) -> str:
-        path = f"/api/v2/dags/orders/dagRuns/{run_id}"
-        wait_until(lambda: self.call("GET", path)["state"] in ("success", "failed"), 120)
-        return str(self.call("GET", path)["state"])
-
-    def stop(self, number: int) -> None:
-        if self.process.poll() is None:
-            os.killpg(self.process.pid, number)
-        self.process.wait(timeout=90)
-
-
-def a_free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture
