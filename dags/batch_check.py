@@ -85,8 +85,8 @@ def find_checks(folder: Path, table: str) -> list[Check]:
 
     :param folder: sql/checks. Names that begin with a dot are nobody's.
     :param table: the staging table, without its schema.
-    :raises ValueError: there is no such folder, something in it is not called like a check, or two checks have one name.
-        A check that nobody asks would look like one that finds nothing.
+    :raises ValueError: there is no such folder, something in it is not called like a check, or two checks have one
+        name. A check that nobody asks would look like one that finds nothing.
     """
     if not folder.is_dir():
         raise ValueError(f"{folder}: there is no such folder, so nothing would be checked")

@@ -222,7 +222,8 @@ def orders() -> None:
                 task_id=f"{kind}_latest",
                 doc_md=first_comment(SCRIPTS / script),
                 conn_id="de_dw",
-                sql=script,
+                # A part of the script, so that psql runs it without: refuse what check_batch has not looked at.
+                sql=("SET de_dw.refresh_only = 'checked';\n" if CHECKS else "") + f"{{% include '{script}' %}}",
                 autocommit=True,  # the script has its own BEGIN and COMMIT, and an ANALYZE after it
                 handler=refresh_counts,
                 hook_params={"log_sql": False, "enable_log_db_messages": True},

@@ -1,7 +1,6 @@
 """The page's routes: who may ask, what is answered, and with which headers."""
 
 import asyncio
-import json
 import logging
 from datetime import timedelta
 from functools import cache
@@ -34,6 +33,11 @@ HEADERS = {
 LAST_ID = 2**63 - 1
 Id = Annotated[int | None, Query(ge=0, le=LAST_ID)]
 
+
+class Refused(HTTPException):
+    """What somebody is told who may use the page."""
+
+
 templates = Environment(
     loader=FileSystemLoader(HERE / "templates"),
     autoescape=True,
@@ -42,7 +46,6 @@ templates = Environment(
     lstrip_blocks=True,
 )
 templates.filters |= words.FILTERS
-templates.filters["compact_json"] = lambda value: json.dumps(value, ensure_ascii=False, default=str)
 templates.filters["path_part"] = lambda value: quote(value, safe="")
 # Nothing is shown to somebody who is not logged in, and to a user only with the right to see assets.
 router = APIRouter(dependencies=[Depends(requires_access_asset(method="GET"))], include_in_schema=False)
@@ -134,9 +137,7 @@ async def show_rejects(
     found = await request.app.state.reader.ask(lambda conn: warehouse.rejects(conn, table, load, after))
     known = await asyncio.to_thread(runs.look_up, user, {found.source}, ())
     if not known.may_see_records:
-        raise HTTPException(
-            403, "Rejected records stand in the logs of the DAG that loads them: you may not read those"
-        )
+        raise Refused(403, "Rejected records stand in the logs of the DAG that loads them: you may not read those")
     return render(request, "rejects.html", found=found, load=load)
 
 
@@ -145,7 +146,7 @@ async def show_document(request: Request, name: str) -> HTMLResponse:
     try:
         title, body = documents.render(name)
     except FileNotFoundError:
-        raise HTTPException(404, "There is no such document") from None
+        raise Refused(404, "There is no such document") from None
     return render(request, "document.html", title=title, body=body)
 
 
@@ -154,13 +155,13 @@ async def show_picture(name: str) -> FileResponse:
     try:
         return FileResponse(documents.picture(name))
     except FileNotFoundError:
-        raise HTTPException(404, "There is no such picture") from None
+        raise Refused(404, "There is no such picture") from None
 
 
 @router.get("/static/{name}")
 async def show_static(name: str) -> FileResponse:
     if name not in STATIC:
-        raise HTTPException(404, "There is no such file")
+        raise Refused(404, "There is no such file")
     return FileResponse(STATIC[name])
 
 
@@ -172,15 +173,17 @@ def refuse(request: Request, error: Exception) -> Response:
     title = {401: "You are not logged in", 403: "You may not see this", 404: "Not found"}.get(
         error.status_code, "Error"
     )
-    return render(request, "message.html", error.status_code, title=title, text=error.detail, retry=False)
+    may_see = isinstance(error, Refused)  # else nobody has asked yet who it is: no file of ours, no name of one
+    values = {"title": title, "text": error.detail, "retry": False, "may_see": may_see}
+    return render(request, "message.html", error.status_code, **values)
 
 
 def say_unavailable(request: Request, error: Exception) -> Response:
     assert isinstance(error, Unavailable)
-    answer = render(request, "message.html", 503, title=error.problem, text=error.remedy, retry=True)
+    answer = render(request, "message.html", 503, title=error.problem, text=error.remedy, retry=True, may_see=True)
     answer.headers["Retry-After"] = str(REFRESH_SECONDS)
     return answer
 
 
 def say_unknown_table(request: Request, error: Exception) -> Response:
-    return render(request, "message.html", 404, title="There is no such table", text="", retry=False)
+    return render(request, "message.html", 404, title="There is no such table", text="", retry=False, may_see=True)

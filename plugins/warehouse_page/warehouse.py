@@ -35,6 +35,8 @@ LOADS_A_PAGE = 50
 REJECTS_A_PAGE = 100
 PENDING_SHOWN = 10
 CHECKS_SHOWN = 100
+EXAMPLES_SHOWN = 20
+EXAMPLE_CHARACTERS = 500
 CHARACTERS = 1000  # of a rejected record; it may have a gigabyte
 COUNT_VERSIONS_UP_TO = 2_000_000  # rows: more than that takes longer than anybody waits for a page
 
@@ -43,15 +45,30 @@ TABLE = "SELECT *, now() AS now FROM ops.tables WHERE table_name = %(table)s"
 KEY = """
 SELECT string_agg(a.attname, ', ' ORDER BY a.attnum ASC) AS columns
 FROM pg_index AS i
-INNER JOIN pg_attribute AS a ON i.indrelid = a.attrelid AND a.attnum = ANY (i.indkey)
+INNER JOIN pg_attribute AS a ON i.indrelid = a.attrelid AND a.attnum = ANY (i.indkey[0:i.indnkeyatts - 1])
 WHERE i.indisprimary AND i.indrelid = to_regclass(format('stg.%%I', %(table)s::text))
 """
 # One more than a page tells whether there is a next one.
 LOADS = "SELECT * FROM ops.loads WHERE table_name = %(source)s ORDER BY load_id DESC LIMIT %(loads)s"
-OLDER_LOADS = LOADS.replace("ORDER BY", "AND load_id < %(before)s ORDER BY")
-NEWER_LOADS = LOADS.replace("ORDER BY load_id DESC", "AND load_id > %(after)s ORDER BY load_id ASC")
+OLDER_LOADS = """
+SELECT * FROM ops.loads WHERE table_name = %(source)s AND load_id < %(before)s ORDER BY load_id DESC LIMIT %(loads)s
+"""
+NEWER_LOADS = """
+SELECT * FROM ops.loads WHERE table_name = %(source)s AND load_id > %(after)s ORDER BY load_id ASC LIMIT %(loads)s
+"""
+# Examples as text, cut where they are: what a check finds may be of any size and shape.
 CHECKS = """
-SELECT *
+SELECT
+    check_name,
+    severity,
+    outcome,
+    offending,
+    batch_id,
+    checked_at,
+    ARRAY(
+        SELECT left(e::text, %(characters)s) FROM json_array_elements(examples) WITH ORDINALITY AS a (e, n)
+        ORDER BY n ASC LIMIT %(examples)s
+    ) AS examples
 FROM ops.last_checks
 WHERE table_name = %(table)s
 ORDER BY array_position(ARRAY['failed', 'accepted', 'warned', 'passed'], outcome) ASC, check_name ASC
@@ -259,6 +276,8 @@ async def overview(conn: Warehouse, table: str | None, before: int | None = None
         "loads": LOADS_A_PAGE + 1,
         "pending": PENDING_SHOWN,
         "checks": CHECKS_SHOWN,
+        "characters": EXAMPLE_CHARACTERS,
+        "examples": EXAMPLES_SHOWN,
     }
     about = await _rows(conn, TABLE, asked)
     (key,) = await _rows(conn, KEY, asked)
@@ -329,7 +348,9 @@ async def versions(conn: Warehouse, table: str | None) -> tuple[str, str, list[D
     if chosen is None:
         raise UnknownTable
     asked = {"table": chosen["table_name"]}
-    (about,) = await _rows(conn, TABLE, asked)
+    about = next(iter(await _rows(conn, TABLE, asked)), None)
+    if about is None:
+        raise UnknownTable  # the catalog does not have what stg.table_versions names
     (key,) = await _rows(conn, KEY, asked)
     counted = None if about["source_rows"] > COUNT_VERSIONS_UP_TO else await _rows(conn, VERSIONS, asked)
     return chosen["table_name"], key["columns"] or "key", counted

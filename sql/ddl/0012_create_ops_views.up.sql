@@ -23,7 +23,10 @@ CREATE TABLE ops.check_results (
     checked_at timestamptz NOT NULL DEFAULT now(),
     CONSTRAINT check_results_pkey PRIMARY KEY (result_id),
     CONSTRAINT severity_is_known CHECK (severity IN ('fail', 'warn')),
-    CONSTRAINT offending_is_not_negative CHECK (offending >= 0)
+    CONSTRAINT offending_is_not_negative CHECK (offending >= 0),
+    CONSTRAINT examples_are_a_short_list CHECK (
+        json_typeof(examples) = 'array' AND octet_length(examples::text) <= 1000000
+    )
 );
 COMMENT ON TABLE ops.check_results IS
 'One row per check and time that it was made, before a staging table takes in what is pending. Append-only.';
@@ -38,6 +41,8 @@ COMMENT ON COLUMN ops.check_results.offending IS 'Rows that the check found; 0 i
 COMMENT ON COLUMN ops.check_results.examples IS 'Some of these rows, as a JSON array of objects.';
 COMMENT ON COLUMN ops.check_results.is_accepted IS 'True when the run was told to go on in spite of this check.';
 COMMENT ON COLUMN ops.check_results.checked_at IS 'When: the same for all checks that were made together.';
+-- The newest, by its number: who checks waits for the others first, but its transaction may be older than theirs.
+CREATE INDEX check_results_table_name_result_id ON ops.check_results (table_name, result_id);
 CREATE INDEX check_results_table_name_checked_at ON ops.check_results (table_name, checked_at);
 
 CREATE TRIGGER append_only BEFORE UPDATE OR DELETE OR TRUNCATE ON ops.check_results
@@ -67,9 +72,11 @@ SELECT
     END AS outcome
 FROM stg.table_versions AS v
 INNER JOIN LATERAL (
-    SELECT max(c.checked_at) AS checked_at
+    SELECT c.checked_at
     FROM ops.check_results AS c
     WHERE c.table_name = v.table_name
+    ORDER BY c.result_id DESC
+    LIMIT 1
 ) AS newest ON true
 INNER JOIN ops.check_results AS r ON v.table_name = r.table_name AND newest.checked_at = r.checked_at;
 COMMENT ON VIEW ops.last_checks IS 'One row per check of a staging table, as it came out the last time.';
@@ -159,7 +166,7 @@ LEFT JOIN LATERAL (
         sum(l.rows)::bigint AS rows,
         sum(l.rejects)::bigint AS rejects,
         max(l.finished_at) AS last_loaded_at,
-        max(l.batch_updated_at) AS last_batch_updated_at
+        max(l.batch_updated_at) FILTER (WHERE isfinite(l.batch_updated_at)) AS last_batch_updated_at
     FROM raw.loads AS l
     WHERE l.table_name = v.source_table
 ) AS loads ON true
@@ -199,10 +206,12 @@ BEGIN
     FROM stg.table_versions AS v
     INNER JOIN pg_namespace AS n ON starts_with(v.source_table, n.nspname || '.')
     INNER JOIN pg_class AS c ON n.oid = c.relnamespace AND v.source_table = n.nspname || '.' || c.relname
-    WHERE v.table_name = versions_per_key.table_name;
+    -- Whoever asks reads it with their own rights: so nothing that the pipeline could have put code into.
+    WHERE v.table_name = versions_per_key.table_name AND c.relkind IN ('r', 'p')
+        AND NOT pg_has_role('de_dw_pipeline', c.relowner, 'MEMBER');
     SELECT string_agg(quote_ident(a.attname), ', ') INTO key_columns
     FROM pg_index AS i
-    INNER JOIN pg_attribute AS a ON i.indrelid = a.attrelid AND a.attnum = ANY (i.indkey)
+    INNER JOIN pg_attribute AS a ON i.indrelid = a.attrelid AND a.attnum = ANY (i.indkey[0:i.indnkeyatts - 1])
     WHERE i.indrelid = to_regclass(format('stg.%I', versions_per_key.table_name)) AND i.indisprimary;
     IF source IS NULL OR key_columns IS NULL THEN
         RAISE EXCEPTION 'stg.table_versions does not say what stg.% is made from', table_name
@@ -221,3 +230,80 @@ COMMENT ON FUNCTION ops.versions_per_key(text) IS
 source. Takes the staging table''s name without schema.';
 REVOKE EXECUTE ON FUNCTION ops.versions_per_key(text) FROM public;
 GRANT EXECUTE ON FUNCTION ops.versions_per_key(text) TO de_dw_pipeline, de_dw_reader;
+
+-- What is published is what was checked: a load may be committed after the checks, and a refresh may be run again
+-- without them. The DAG asks for it by a setting, since psql's user knows what they do.
+CREATE FUNCTION ops.assert_checked(table_name text, loads bigint[]) RETURNS void
+LANGUAGE plpgsql
+STABLE
+SET search_path = pg_catalog, pg_temp
+AS $$
+DECLARE
+    failed text;
+    unchecked text;
+BEGIN
+    IF current_setting('de_dw.refresh_only', true) IS DISTINCT FROM 'checked' OR cardinality(loads) = 0 THEN
+        RETURN;
+    END IF;
+    SELECT string_agg(c.check_name, ', ') INTO failed
+    FROM ops.last_checks AS c
+    WHERE c.table_name = assert_checked.table_name AND c.outcome = 'failed';
+    SELECT string_agg(l.load_id::text, ', ') INTO unchecked
+    FROM (
+        SELECT unnest(loads) AS load_id
+        EXCEPT
+        SELECT unnest(c.load_ids) FROM ops.last_checks AS c WHERE c.table_name = assert_checked.table_name
+    ) AS l;
+    IF failed IS NOT NULL OR unchecked IS NOT NULL THEN
+        RAISE EXCEPTION 'stg.% takes in no load that was not checked: %', table_name,
+            concat_ws('; ', 'failed the last time: ' || failed, 'never checked: load ' || left(unchecked, 200))
+            USING ERRCODE = 'object_not_in_prerequisite_state',
+                  HINT = 'Clear check_batch with what comes after it, or run the DAG again.';
+    END IF;
+END
+$$;
+COMMENT ON FUNCTION ops.assert_checked(text, bigint[]) IS
+'Error 55000 when the setting de_dw.refresh_only is checked, and a load was not looked at by the last checks of the
+staging table, or one of these failed and was not accepted. Takes the table''s name without schema.';
+REVOKE EXECUTE ON FUNCTION ops.assert_checked(text, bigint[]) FROM public;
+GRANT EXECUTE ON FUNCTION ops.assert_checked(text, bigint[]) TO de_dw_pipeline;
+
+CREATE OR REPLACE FUNCTION stg.begin_refresh(table_name text) RETURNS bigint
+LANGUAGE plpgsql
+SET search_path = pg_catalog, pg_temp
+SET lock_timeout = '10min' -- longest wait for another refresh
+AS $$
+DECLARE
+    source_table text := (SELECT v.source_table FROM stg.table_versions AS v
+        WHERE v.table_name = begin_refresh.table_name);
+    loads bigint[];
+BEGIN
+    IF NOT EXISTS (
+        SELECT 1 FROM pg_class AS c INNER JOIN pg_namespace AS n ON c.relnamespace = n.oid
+        WHERE format('%s.%s', n.nspname, c.relname) = source_table -- without quotes, as the ledger has it
+    ) THEN
+        RAISE EXCEPTION 'stg.table_versions does not say what stg.% is made from', table_name
+            USING HINT = 'Its migration inserts the row (table_name, source_table), such as (orders_latest, raw.orders).';
+    END IF;
+    -- Under REPEATABLE READ the snapshot is older than the lock, and would miss what was loaded while it waited.
+    IF current_setting('transaction_isolation') <> 'read committed' THEN
+        RAISE EXCEPTION 'a refresh needs READ COMMITTED, not %', upper(current_setting('transaction_isolation'))
+            USING HINT = 'SET LOCAL transaction_isolation = ''read committed'' right after BEGIN.';
+    END IF;
+    -- One refresh at a time. The lock comes before the first look at raw: a slower refresh that had
+    -- looked earlier would otherwise publish over a newer one.
+    PERFORM pg_advisory_xact_lock(hashtextextended('refresh stg.' || table_name, 0));
+    PERFORM raw.summarize_new_pages(source_table);
+    -- As a setting, because the planner looks into it: it does not know what a subquery will find, and would read all
+    -- of raw where there are few loads.
+    loads := ARRAY(SELECT stg.loads_to_apply(table_name));
+    PERFORM set_config('de_dw.loads_to_apply', loads::text, true);
+    PERFORM ops.assert_checked(table_name, loads);
+    RETURN cardinality(loads);
+END
+$$;
+
+-- Views of ops look into it with their owner's rights: so it belongs to the owner, and nobody else can put a policy or
+-- a trigger on it. A swap changes what it has to.
+ALTER TABLE stg.table_versions OWNER TO current_user;
+GRANT SELECT, UPDATE (version, published_at, spare_emptied_by) ON stg.table_versions TO de_dw_pipeline;

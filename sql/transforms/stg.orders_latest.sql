@@ -51,6 +51,12 @@ SELECT DISTINCT ON (order_id)
 FROM raw.orders
 ORDER BY order_id ASC, updated_at DESC, row_id DESC;
 
+-- Loads that were committed since begin_refresh are in raw, and so in here.
+SELECT ops.assert_checked('orders_latest', array(
+    SELECT load_id FROM stg.spare_loads
+    WHERE table_name = 'orders_latest'
+));
+
 SELECT stg.swap('orders_latest') AS row_count;
 
 COMMIT;

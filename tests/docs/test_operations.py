@@ -61,8 +61,7 @@ def test_every_check_stands_there_with_its_severity() -> None:
 
 def test_example_of_a_check_finds_what_it_says(warehouse: Warehouse, tmp_path: Path) -> None:
     (query,) = re.findall(r"```sql\n(-- paid .*?)```", TEXT, re.DOTALL)
-    path = tmp_path / "stg.orders_latest.paid.fail.sql"
-    path.write_text(query)
+    (tmp_path / "paid.fail.sql").write_text(query)
     warehouse.given(
         "raw.orders",
         """

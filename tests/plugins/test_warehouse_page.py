@@ -186,6 +186,24 @@ def test_who_is_not_logged_in_gets_nothing_of_any_route(page: Page, warehouse: W
         assert page.client.get(path, headers={"Cookie": "_token=made.up.token"}).status_code in (401, 403), path
 
 
+NOWHERE = (
+    "/warehouse/x",
+    "/warehouse/docs",
+    "/warehouse/docs/",
+    "/warehouse/static/",
+    "/warehouse//",
+    "/warehouse/rejects/",
+)
+
+
+def test_who_may_not_see_the_page_sees_no_file_of_it_anywhere(page: Page) -> None:
+    for path in [*paths(), *NOWHERE]:
+        for method in ("GET", "HEAD", "POST", "PUT", "OPTIONS"):
+            for answer in (page.client.request(method, path, headers=HTML), page.get(path, role=None)):
+                assert answer.status_code in (401, 403, 404, 405, 307), path
+                assert not re.search(r"security|stylesheet|\.js|schema", answer.text), path
+
+
 def test_session_that_ended_shows_the_way_to_log_in(page: Page) -> None:
     answer = page.client.get("/warehouse/", headers=HTML)
 
@@ -338,6 +356,22 @@ def test_checks_are_shown_as_they_came_out_the_last_time(page: Page, warehouse: 
         ["rows", "fail", "passed", "0", ""],
     ]
     assert "quantity_is_positive : CHECK (quantity > 0)" in found.text.replace(": CHECK", " : CHECK").replace("  ", " ")
+
+
+@pytest.mark.parametrize(
+    "example",
+    ['"\\ud800"', "9" * 5000, "[" * 990 + "]" * 990, '"' + "x" * 900_000 + '"'],
+    ids=["surrogate", "long", "deep", "large"],
+)
+def test_examples_of_any_shape_are_shown(page: Page, warehouse: Warehouse, example: str) -> None:
+    ledger(warehouse, "monday")
+    result(warehouse, "odd", "warn", 1, f"[{example}]")
+
+    answer = page.get("/warehouse/")
+
+    assert answer.status_code == 200
+    assert example[:100] in Text(answer.text).text
+    assert len(answer.text) < 100_000
 
 
 def test_what_a_file_brought_is_text_and_nothing_else(page: Page, warehouse: Warehouse) -> None:
@@ -654,7 +688,8 @@ def test_ten_thousand_loads_cost_what_a_page_of_them_costs(page: Page, warehouse
         for query in (queries.LOADS, queries.OLDER_LOADS, queries.NEWER_LOADS, queries.CHECKS):
             asked = {"source": "raw.orders", "table": "orders_latest", "before": 5000, "after": 5000, "loads": 51}
             ((plan,),) = conn.execute(
-                f"EXPLAIN (ANALYZE, BUFFERS, FORMAT json) {query}".encode(), asked | {"checks": 100}
+                f"EXPLAIN (ANALYZE, BUFFERS, FORMAT json) {query}".encode(),
+                asked | {"checks": 100, "characters": 500, "examples": 20},
             ).fetchall()
             pages = plan[0]["Plan"]["Shared Hit Blocks"] + plan[0]["Plan"]["Shared Read Blocks"]
             assert pages < 600, f"{pages} pages for {query}"

@@ -8,8 +8,8 @@ import psycopg
 import pytest
 from batch_check import EXAMPLES, Check, Result, check_pending, find_checks
 
-from tests.conftest import SWAP
-from tests.warehouse import ROOT, Warehouse
+from tests.conftest import SWAP, by_every_refresh
+from tests.warehouse import ROOT, Warehouse, script_of
 
 FOLDER = ROOT / "sql" / "checks"
 TABLE = "orders_latest"
@@ -179,16 +179,57 @@ def test_of_many_offending_rows_all_are_counted_and_some_kept(applied: Warehouse
     assert examples[1] == {"n": 2, "t": None}
 
 
-@pytest.mark.parametrize("text", ["SELECT 1 / 0", "DELETE FROM raw.orders", "SELECT 1; SELECT 2", "", "-- nothing"])
-def test_check_that_does_not_run_is_an_error_and_no_pass(applied: Warehouse, tmp_path: Path, text: str) -> None:
+@pytest.mark.parametrize(
+    "text",
+    [
+        "SELECT 1 / 0",
+        "SELECT 1; SELECT 2",
+        "SELECT 1 AS one; -- said",
+        "",
+        "-- nothing",
+        "DELETE FROM stg.orders_latest_live RETURNING order_id",
+        (
+            "INSERT INTO stg.applied_loads (table_name, load_id, finished_at)"
+            " SELECT table_name, load_id, finished_at FROM stg.pending_loads RETURNING load_id"
+        ),
+        "SELECT 'M\xfcller' AS name",
+    ],
+)
+def test_check_that_does_not_run_or_writes_is_an_error_that_names_it(
+    applied: Warehouse, tmp_path: Path, text: str
+) -> None:
     applied.given("raw.orders", NOW)
     path = tmp_path / "wrong.warn.sql"
-    path.write_text(text)
+    path.write_text(text, encoding="latin-1")
 
-    with pytest.raises(psycopg.Error):
+    with pytest.raises((psycopg.Error, UnicodeError)) as error:
         check(applied, [Check("wrong", "warn", path)])
 
+    assert error.value.__notes__ == [f"in {path}, whose first line is line 3 of the statement"]
     assert applied.rows("SELECT count(*) FROM ops.check_results") == [(0,)]
+    assert applied.rows("SELECT load_id FROM stg.pending_loads") == [(2,)]
+    assert applied.rows("SELECT order_id FROM stg.orders_latest") == [(1,)]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "\ufeffSELECT 1 AS offending;\r\n",
+        "WITH a AS (SELECT 1 AS b) SELECT b, b FROM a ORDER BY b DESC LIMIT 1",
+        "SELECT",
+        "VALUES ('100% {of} \\ it')",
+        "SELECT set_config('de_dw.loads_to_apply', '{}', true)",
+    ],
+)
+def test_check_may_be_any_query_and_changes_nothing_for_the_next(applied: Warehouse, tmp_path: Path, text: str) -> None:
+    applied.given("raw.orders", "order_id | updated_at\n2 | 2020-01-01")
+    path = tmp_path / "a.warn.sql"
+    path.write_text(text, encoding="utf-8", newline="")
+
+    results = check(applied, [Check("a", "warn", path), *find_checks(FOLDER, TABLE)])
+
+    assert results["a"].offending == 1
+    assert results["freshness"].offending == 1
 
 
 def test_accepted_check_counts_as_such_and_only_it(applied: Warehouse, tmp_path: Path) -> None:
@@ -212,32 +253,156 @@ def test_accepted_check_counts_as_such_and_only_it(applied: Warehouse, tmp_path:
         check(applied, checks, accept=["e", "a", "d"])
 
 
-def test_check_is_of_all_tables_or_of_one_by_its_name(tmp_path: Path) -> None:
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Of checks, beside the transforms of two tables."""
+    for table in ("orders_latest", "customers_latest"):
+        (tmp_path / "transforms").mkdir(exist_ok=True)
+        (tmp_path / "transforms" / f"stg.{table}.sql").touch()
+    (tmp_path / "checks").mkdir()
+    return tmp_path / "checks"
+
+
+def test_check_is_of_all_tables_or_of_one_by_its_name(folder: Path) -> None:
     for name in ("a.warn", "stg.orders_latest.b.fail", "stg.customers_latest.b.fail", "stg.customers_latest.c.warn"):
-        (tmp_path / f"{name}.sql").touch()
+        (folder / f"{name}.sql").touch()
+    (folder / "._a.warn.sql").touch()
 
     def found(table: str) -> list[tuple[str, str]]:
-        return [(check.name, check.severity) for check in find_checks(tmp_path, table)]
+        return [(check.name, check.severity) for check in find_checks(folder, table)]
 
     assert found("orders_latest") == [("a", "warn"), ("b", "fail")]
     assert found("customers_latest") == [("a", "warn"), ("b", "fail"), ("c", "warn")]
     assert found("others") == [("a", "warn")]
 
 
-@pytest.mark.parametrize("name", ["a.sql", "a.error.sql", "raw.a.warn.sql", "a.b.c.d.warn.sql", "warn.sql"])
-def test_file_that_is_called_otherwise_is_refused(tmp_path: Path, name: str) -> None:
-    (tmp_path / name).touch()
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        *(
+            (name, "severities are fail, warn")
+            for name in ("a.sql", "a.error.sql", "raw.a.warn.sql", "a.b.c.d.warn.sql")
+        ),
+        *((name, "severities are fail, warn") for name in ("warn.sql", "a.warn.SQL", "a.warn.sql.txt", "README")),
+        ("stg.order_latest.a.warn.sql", r"sql/transforms/ makes no table stg\.order_latest"),
+    ],
+)
+def test_file_that_would_not_be_asked_is_refused(folder: Path, name: str, message: str) -> None:
+    (folder / name).touch()
 
-    with pytest.raises(ValueError, match="severities are fail, warn"):
-        find_checks(tmp_path, TABLE)
+    with pytest.raises(ValueError, match=message):
+        find_checks(folder, TABLE)
 
 
-def test_two_checks_of_one_name_are_refused(tmp_path: Path) -> None:
+def test_folder_that_is_away_is_no_pass(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="there is no such folder, so nothing would be checked"):
+        find_checks(tmp_path / "checks", TABLE)
+
+
+def test_two_checks_of_one_name_are_refused(folder: Path) -> None:
     for name in ("a.warn.sql", "stg.orders_latest.a.fail.sql"):
-        (tmp_path / name).touch()
+        (folder / name).touch()
 
     with pytest.raises(ValueError, match=r"there is a check of this name already, a\.warn\.sql"):
-        find_checks(tmp_path, TABLE)
+        find_checks(folder, TABLE)
+
+
+ONLY_CHECKED = "SET de_dw.refresh_only = 'checked'"
+LATE = "order_id | updated_at\n9 | now"
+
+
+@by_every_refresh
+def test_refresh_of_the_dag_takes_in_what_was_checked(applied: Warehouse, refresh: str) -> None:
+    for settings in (ONLY_CHECKED, ""):
+        applied.given("raw.orders", NOW)
+        if settings:
+            check(applied)
+        applied.run(refresh, settings=settings)
+
+        assert applied.rows("SELECT * FROM stg.pending_loads") == []
+
+
+@by_every_refresh
+def test_refresh_of_the_dag_refuses_a_load_that_came_after_the_checks(applied: Warehouse, refresh: str) -> None:
+    applied.given("raw.orders", NOW)
+    check(applied)
+    applied.given("raw.orders", LATE)
+
+    with pytest.raises(psycopg.errors.ObjectNotInPrerequisiteState, match="never checked: load 3"):
+        applied.run(refresh, settings=ONLY_CHECKED)
+
+    assert applied.rows("SELECT load_id FROM stg.pending_loads ORDER BY load_id") == [(2,), (3,)]
+    check(applied)
+    applied.run(refresh, settings=ONLY_CHECKED)
+    assert applied.rows("SELECT count(*) FROM stg.pending_loads") == [(0,)]
+
+
+def test_load_that_is_committed_while_a_swap_begins_is_not_swapped_in_unchecked(applied: Warehouse) -> None:
+    begin, fill = script_of(SWAP).split("SELECT stg.empty_spare('orders_latest');")
+    applied.given("raw.orders", NOW)
+    check(applied)
+
+    with applied.connect(autocommit=True) as conn:
+        conn.execute(ONLY_CHECKED)
+        conn.execute(begin.encode())
+        applied.given("raw.orders", LATE)
+        with pytest.raises(psycopg.errors.ObjectNotInPrerequisiteState, match="never checked: load 3"):
+            conn.execute(f"SELECT stg.empty_spare('orders_latest');{fill}".encode())
+
+    assert applied.rows("SELECT order_id FROM stg.orders_latest") == [(1,)]
+
+
+@by_every_refresh
+def test_refresh_of_the_dag_refuses_what_failed_until_it_is_accepted(
+    applied: Warehouse, tmp_path: Path, refresh: str
+) -> None:
+    applied.given("raw.orders", NOW)
+    path = tmp_path / "a.fail.sql"
+    path.write_text("SELECT 1 AS one")
+    check(applied, [Check("a", "fail", path)])
+
+    with pytest.raises(psycopg.errors.ObjectNotInPrerequisiteState, match="failed the last time: a"):
+        applied.run(refresh, settings=ONLY_CHECKED)
+
+    check(applied, [Check("a", "fail", path)], accept=["a"])
+    applied.run(refresh, settings=ONLY_CHECKED)
+    assert applied.rows("SELECT count(*) FROM stg.pending_loads") == [(0,)]
+
+
+def test_the_last_checks_are_those_that_were_made_last(applied: Warehouse, tmp_path: Path) -> None:
+    path = tmp_path / "a.fail.sql"
+    path.write_text("SELECT order_id FROM raw.orders WHERE order_id = 9")
+    applied.given("raw.orders", NOW)
+    with applied.connect() as older:
+        older.execute("SELECT now()")
+        check(applied, [Check("a", "fail", path)])
+        applied.given("raw.orders", LATE)
+        check_pending(older, table=TABLE, checks=[Check("a", "fail", path)])
+
+    assert applied.rows("SELECT outcome, load_ids FROM ops.last_checks") == [("failed", [2, 3])]
+
+
+def test_nothing_of_the_pipeline_s_runs_as_whoever_looks_at_ops(applied: Warehouse) -> None:
+    applied.alter(
+        """
+        CREATE FUNCTION stg.trojan() RETURNS bigint LANGUAGE plpgsql AS $$
+            BEGIN RAISE EXCEPTION 'it runs as %', current_user; END $$;
+        CREATE VIEW stg.bait AS SELECT stg.trojan() AS order_id;
+        """,
+        "de_dw_pipeline",
+    )
+    for change in (
+        "UPDATE stg.table_versions SET source_table = 'stg.bait'",
+        "ALTER TABLE stg.table_versions ENABLE ROW LEVEL SECURITY",
+        "CREATE POLICY p ON stg.table_versions USING (stg.trojan() > 0)",
+        "CREATE TRIGGER t BEFORE UPDATE ON stg.table_versions EXECUTE FUNCTION raw.refuse_change()",
+        "INSERT INTO stg.table_versions (table_name, source_table) VALUES ('bait', 'stg.bait')",
+    ):
+        with pytest.raises(psycopg.errors.InsufficientPrivilege):
+            applied.alter(change, "de_dw_pipeline")
+    applied.alter("UPDATE stg.table_versions SET source_table = 'stg.bait'")
+    with pytest.raises(psycopg.errors.RaiseException, match="does not say what"):
+        applied.rows("SELECT * FROM ops.versions_per_key('orders_latest')", "")
 
 
 @pytest.mark.parametrize("role", ["de_dw_pipeline", "de_dw_reader", ""])

@@ -61,7 +61,7 @@ SELECT
     quantity,
     load_id
 FROM raw.orders
-WHERE load_id = any(current_setting('de_dw.loads_to_apply')::bigint[]) AND order_id = 7
+WHERE load_id IN (SELECT unnest(current_setting('de_dw.loads_to_apply')::bigint[])) AND order_id = 7
 """
 
 
