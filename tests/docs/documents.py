@@ -68,7 +68,7 @@ def line_of(text: str, found: re.Match[str]) -> int:
 
 def links() -> Iterator[tuple[Path, str]]:
     for document in DOCUMENTS:
-        for target in re.findall(r"\]\(([^)\s]+)\)", without_fences(document.read_text())):
+        for target in re.findall(r"(?:\]\(|(?:src|srcset|href)=\")([^)\s\"]+)", without_fences(document.read_text())):
             yield document, target
 
 
