@@ -11,7 +11,7 @@ SELECT set_config('citus.enable_unsafe_triggers', 'on', true);
 
 DO $$
 DECLARE
-    -- The place of every table of raw and stg; a new one has to be named here.
+    -- The place of every table of raw, stg and ops; a new one has to be named here.
     distributed text[] := ARRAY[ -- by order_id, all in the shards of the same order_ids
         'raw.orders',
         'stg.orders_latest',
@@ -19,6 +19,7 @@ DECLARE
         'stg.orders_latest_spare'
     ];
     local text[] := ARRAY[ -- on the coordinator: one row per load or per bad record, and keys that are not by order_id
+        'ops.check_results',
         'raw.loads',
         'raw.orders_rejects',
         'stg.applied_loads',
@@ -44,7 +45,7 @@ BEGIN
 
     SELECT array_agg(format('%s.%s', n.nspname, c.relname)) INTO found
     FROM pg_class AS c INNER JOIN pg_namespace AS n ON c.relnamespace = n.oid
-    WHERE n.nspname IN ('raw', 'stg') AND c.relkind IN ('r', 'p');
+    WHERE n.nspname IN ('raw', 'stg', 'ops') AND c.relkind IN ('r', 'p');
     SELECT string_agg(t, ', ' ORDER BY t ASC) INTO wrong
     FROM unnest(distributed || local) AS t WHERE t != ALL (coalesce(found, '{}'));
     IF wrong IS NOT NULL THEN
