@@ -257,7 +257,7 @@ def test_check_that_warns_lets_the_run_go_on_and_is_seen(window: Window, run_id:
     row = page.locator("#checks").get_by_role("row").filter(has_text="no_order_7")
     expect(row).to_contain_text("warned")
     row.get_by_role("group").locator("summary").click()
-    expect(row).to_contain_text('"order_id": 7')
+    expect(row).to_contain_text('"order_id":7')
     window.picture("check-warned")
 
 
