@@ -107,7 +107,8 @@ class Load:
         brought = {"rows": self.rows, "rejects": self.rejects, "mb_per_second": round(self.mb_per_second, 1)}
         if not self.is_new:
             brought = dict.fromkeys(brought, 0)
-        return asdict(self) | brought | {"summary": f"{table}: {self}"}
+        took = {"seconds": round(self.seconds, 3), "bytes": self.bytes}
+        return {"summary": f"{table}: {self}"} | brought | took | asdict(self) | brought | took
 
 
 def load_batch(

@@ -125,7 +125,7 @@ def stored(url: str) -> Any:
                 {"type": "integer", "minimum": 0},
             ],
             title="Bad records allowed",
-            description="A number, or a percentage such as 1%. They are kept in raw.orders_rejects, the others loaded",
+            description="A number, or a percentage such as 1%. More fail the batch; so many go to raw.orders_rejects",
         ),
         "load_again": Param(
             False,
@@ -145,8 +145,8 @@ def stored(url: str) -> Any:
             "auto",
             enum=["auto", *REFRESHES],
             title="Refresh",
-            description="swap: all of raw, swapped in. union: previous rows and pending loads, swapped in. "
-            "merge: pending loads, in place. auto: the fastest that is right",
+            description="auto: the fastest that is right. merge: pending loads, in place. union: previous rows and "
+            "pending loads, swapped in. swap: all of raw, swapped in",
         ),
     },
     default_args={
@@ -193,7 +193,7 @@ def orders() -> None:
             )
         report = load.report(RAW.name)
         outlet_events[RAW].extra = report
-        say(ti, report["summary"])
+        ti.xcom_push("summary", report["summary"])  # the loader has said it in the log
         return report
 
     @task(on_failure_callback=help_at("a-check-is-red"))

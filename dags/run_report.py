@@ -43,6 +43,8 @@ def report_checks(ti: Any, table: str, loads: list[int], results: list[Result]) 
     ti.xcom_push("outcomes", {result.name: result.outcome for result in results})
     say(ti, summary)
     if found["failed"]:
+        # By itself, for the log does not wrap what follows.
+        log.error("What to do: docs/operations.md, %s", ui_url("warehouse/docs/operations.md#a-check-is-red"))
         raise AirflowFailException(
             f"stg.{table} stays as it is, and what is pending waits: {', '.join(found['failed'])}. The rows are above "
             f"and in ops.check_results. Load a batch that corrects them, if one can; then run the DAG with the check "
@@ -67,8 +69,8 @@ def report_refresh(context: Any, counts: dict[str, int], *, table: Any, chooser:
         f"{seconds:.1f} s; {why}"
     )
     say(ti, summary + (f"; warned: {', '.join(warnings)}" if warnings else ""))
-    facts = {"refresh": kind, "why": why, "seconds": seconds, "warnings": warnings, "summary": summary}
-    context["outlet_events"][table].extra = counts | facts
+    facts = {"refresh": kind, "why": why, "seconds": seconds, "warnings": warnings}
+    context["outlet_events"][table].extra = {"summary": summary} | counts | facts
 
 
 def differences(table: str, cursor: Any) -> Any:
