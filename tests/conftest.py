@@ -41,7 +41,7 @@ __all__ = [
 pytest_plugins = ["tests.warehouse", "tests.s3"]
 
 # How many files and deliveries Hypothesis makes up for a property of the whole: enough for faults that are not rare.
-HISTORIES = int(os.environ.get("HISTORIES", "80"))
+HISTORIES = int(os.environ.get("HISTORIES", "50"))
 # The three ways to refresh.
 SWAP, UNION, MERGE = "stg.orders_latest", "stg.orders_latest.union", "stg.orders_latest.merge"
 SCRIPTS = {"swap": SWAP, "union": UNION, "merge": MERGE}

@@ -1,5 +1,5 @@
 #!/bin/sh
-# make compose-test: an engine, the images, the tests. Whoever has no engine, and can start none, is told so.
+# make compose-test: an engine, the images, the tests; as `run.sh images` the images only, which are kept. Whoever has no engine, and can start none, is told so.
 # Without a registry, and without Docker: STANDINS names a folder with scripts that start an engine and build images of
 # the official ones' names from Debian's and Python's packages.
 set -eu
@@ -57,4 +57,5 @@ else
     skip "the images can't be pulled, and there are no stand-ins for them"
 fi
 
+[ "${1:-}" != images ] || exit 0
 .venv/bin/python -m pytest -m compose tests/compose -vv --durations=0 --durations-min=0.5

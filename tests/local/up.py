@@ -76,7 +76,8 @@ class Up:
             self.process = subprocess.Popen(
                 ["make", "up"],
                 cwd=clone,
-                env=environment(PORT=str(port)),
+                # A scheduler that idles like the default does: on two cores the tests beside it want them too.
+                env=environment(PORT=str(port), AIRFLOW__SCHEDULER__SCHEDULER_IDLE_SLEEP_TIME="1"),
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=file,
