@@ -126,7 +126,7 @@ def no_fresh_batch(table: str, context: Any) -> None:
     log.error(
         "%s: run %s of %s has not published its batch in time: %s",
         table,
-        run["run_id"],
+        run["dag_run_id"],
         run["dag_id"],
         ui_url("plugin/warehouse"),
     )

@@ -588,7 +588,11 @@ def test_run_that_has_not_published_within_an_hour_is_said(parsed: Any, caplog: 
     (alert,) = parsed.deadline
     module, _, function = alert.callback.path.rpartition(".")
 
-    context = {"dag_run": {"dag_id": "orders", "run_id": "manual__1"}, "deadline": {"id": "1"}}  # as Airflow calls it
+    from airflow.api_fastapi.core_api.datamodels.dag_run import DAGRunResponse
+
+    run = {"dag_id": "orders", "dag_run_id": "manual__1"}
+    assert run.keys() <= DAGRunResponse.model_fields.keys(), "what Airflow calls it with"
+    context = {"dag_run": run, "deadline": {"id": "1"}}
     getattr(importlib.import_module(module), function)(**alert.callback.kwargs, context=context)
 
     assert (alert.name, alert.interval) == ("no fresh batch", timedelta(hours=1))
