@@ -13,7 +13,7 @@ import pytest
 
 from tests.local.up import Up, a_free_port, copy_working_tree, environment, make, processes
 from tests.s3 import S3
-from tests.warehouse import ROOT, DatabaseServer, wait_until
+from tests.warehouse import ROOT, DatabaseServer, servers, wait_until
 
 TABLE = """\
   raw.orders         rows                            300
@@ -65,6 +65,7 @@ def test_demo_that_fails_says_why_and_exits_with_an_error(clone: Path) -> None:
     assert processes(clone) == []
 
 
+@pytest.mark.parametrize("server", servers()[:1], indirect=True)
 def test_demo_runs_on_another_server(clone: Path, server: DatabaseServer) -> None:
     url = server.make()
 
