@@ -22,7 +22,7 @@ def report_checks(ti: Any, table: str, loads: list[int], results: list[Result]) 
     """Say how the checks of a staging table came out.
 
     :param results: of `batch_check.check_pending`.
-    :return: summary; warnings, a phrase each; and by name of each check its outcome.
+    :return: the summary; and as warnings a phrase for each check that warned or was accepted.
     :raises AirflowFailException: one failed. To try again would not help.
     """
     from airflow.sdk.exceptions import AirflowFailException  # which reads Airflow's settings: not for every importer
@@ -39,11 +39,10 @@ def report_checks(ti: Any, table: str, loads: list[int], results: list[Result]) 
     if not loads:
         summary = f"stg.{table}: no load is pending, so there is nothing to check"
     warnings = found["warned"] + [f"{name}, accepted" for name in found["accepted"]]
-    ti.xcom_push("warnings", warnings)
     ti.xcom_push("outcomes", {result.name: result.outcome for result in results})
     say(ti, summary)
     if found["failed"]:
-        # By itself, for the log does not wrap what follows.
+        # The UI folds what a failure callback logs, and does not wrap the exception: here it is seen.
         log.error("What to do: docs/operations.md, %s", ui_url("warehouse/docs/operations.md#a-check-is-red"))
         raise AirflowFailException(
             f"stg.{table} stays as it is, and what is pending waits: {', '.join(found['failed'])}. The rows are above "
@@ -58,11 +57,11 @@ def report_refresh(context: Any, counts: dict[str, int], *, table: Any, chooser:
 
     :param table: the asset of the staging table.
     :param chooser: the task that chose the refresh, with XCom `refresh`: kind and why.
-    :param checker: the task that made the checks.
+    :param checker: the task that made the checks, whose result is that of report_checks.
     """
     ti = context["ti"]
     kind, why = ti.xcom_pull(task_ids=chooser, key="refresh")
-    warnings = ti.xcom_pull(task_ids=checker, key="warnings") or []
+    warnings = ti.xcom_pull(task_ids=checker)["warnings"]
     seconds = round((datetime.now(UTC) - ti.start_date).total_seconds(), 2)
     summary = (
         f"{table.name}: {kind} of {counted(counts['loads'], 'load')}, {counted(counts['rows'], 'row')} written in "

@@ -13,31 +13,13 @@ from local.settings import environment, metadata_url
 
 pytest.register_assert_rewrite("tests.s3", "tests.warehouse")  # before they are imported
 
-from tests.s3 import S3, s3_server  # noqa: E402
 from tests.warehouse import (  # noqa: E402
     FAST,
-    ROOT,
-    DatabaseServer,
-    Warehouse,
-    alembic,
     folder_for_a_server,
     script_of,
     servers,
-    wait_until,
 )
 
-__all__ = [
-    "FAST",
-    "ROOT",
-    "S3",
-    "DatabaseServer",
-    "Warehouse",
-    "alembic",
-    "folder_for_a_server",
-    "s3_server",
-    "script_of",
-    "wait_until",
-]
 pytest_plugins = ["tests.warehouse", "tests.s3"]
 
 # How many files and deliveries Hypothesis makes up for a property of the whole: enough for faults that are not rare.

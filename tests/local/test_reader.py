@@ -8,7 +8,7 @@ from psycopg.conninfo import make_conninfo
 
 from local.__main__ import grant_reader
 from local.settings import airflow_connection
-from tests.conftest import Warehouse
+from tests.warehouse import Warehouse
 
 
 def reader_of(url: str) -> str:

@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 
 from local.settings import airflow_connection
-from tests.conftest import ROOT, SWAP, Warehouse, alembic
+from tests.conftest import SWAP
+from tests.warehouse import ROOT, Warehouse, alembic
 
 HOSTILE = """<script>alert('1')</script>"&'"""
 HTML = {"Accept": "text/html"}
