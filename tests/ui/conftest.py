@@ -107,8 +107,6 @@ class Window:
         """Once everything is there, and nothing moves any more."""
         self.page.wait_for_load_state("networkidle")
         self.page.wait_for_timeout(1_000)
-        for frame in self.page.frames:  # on a busy machine what is in the page may not have been painted yet
-            frame.evaluate("() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
         self.page.screenshot(path=PICTURES / f"{name}.png")
 
 

@@ -301,7 +301,8 @@ def test_warehouse_that_is_down_is_said_and_comes_back_by_itself(
             server.execute(
                 "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s", [warehouse.info.dbname]
             )
-            expect(page.locator("main")).to_contain_text("Airflow itself works")  # within its 10 s, by itself
+            expect(page.locator("#loads")).to_have_count(0)  # within its 10 s, by itself
+            expect(page.locator("main")).to_contain_text("Airflow itself works")
             window.picture("warehouse-down")
             window.navigate("Dags")
             expect(window.page.locator("a[href='/dags/orders']")).to_be_visible()

@@ -78,6 +78,7 @@ function replaceMain(found) {
   if (again) document.querySelector(again)?.focus({ preventScroll: true });
 }
 
+const AWAY = "Airflow does not answer: these figures are from before. It is asked again.";
 let asking = false;
 async function refresh() {
   if (asking || document.hidden || !getSelection().isCollapsed) return;
@@ -88,14 +89,14 @@ async function refresh() {
     say("");
     await loadParts();
   } catch {
-    say("Airflow does not answer: these figures are from before. It is asked again.");
+    say(AWAY);
   } finally {
     asking = false;
   }
 }
 
 document.addEventListener("DOMContentLoaded", () => {
-  loadParts().catch(() => {});
+  loadParts().catch(() => say(AWAY));
   const every = Number(document.querySelector("main").dataset.refresh);
   if (every) setInterval(refresh, every * 1000);
 });
