@@ -49,8 +49,12 @@ def test_every_table_view_and_function_for_people_is_named(warehouse: Warehouse)
     assert sorted(unnamed) == ["stg.orders_latest_spare", "stg.spare_loads"], "they are of a swap's inside"
 
 
-def test_every_relation_that_is_named_is_there(warehouse: Warehouse) -> None:
+def test_every_relation_and_function_that_is_named_is_there(warehouse: Warehouse) -> None:
     named = set(re.findall(r"`((?:raw|stg|ops)\.\w+)`", TEXT))
 
-    missing = [name for name in named if warehouse.rows(f"SELECT to_regclass('{name}')") == [(None,)]]
+    missing = [
+        name
+        for name in named
+        if warehouse.rows(f"SELECT coalesce(to_regclass('{name}')::oid, to_regproc('{name}'))") == [(None,)]
+    ]
     assert missing == []
