@@ -45,7 +45,7 @@ def test_up_down_and_up_again_give_the_same_schema(server: DatabaseServer, datab
 
     assert dump(server, database) == schema
     assert not [line for line in empty if "raw." in line or "stg." in line or "ops." in line]
-    assert len([line for line in schema if line.startswith("CREATE TABLE ")]) == 11
+    assert len([line for line in schema if line.startswith("CREATE TABLE ")]) == 16
 
 
 def test_downgrade_of_the_refreshes_gives_the_schema_before_them(server: DatabaseServer, database: str) -> None:

@@ -1,0 +1,499 @@
+-- Schemas stg and ops: functions that refresh, verify and rebuild any staging table.
+
+-- What the refreshes know of a table, from the catalog: so a column or a table more needs nothing new of them.
+CREATE FUNCTION stg.shape_of(
+    table_name text,
+    OUT source text,
+    OUT key_list text,
+    OUT column_list text,
+    OUT same_key text,
+    OUT assignments text,
+    OUT tombstone text
+)
+LANGUAGE plpgsql
+STABLE
+SET search_path = pg_catalog, pg_temp
+AS $$
+DECLARE
+    parent regclass := to_regclass(format('stg.%I', table_name));
+BEGIN
+    -- The name is without quotes, so only the catalog knows which of its dots ends the schema.
+    SELECT
+        format('%I.%I', n.nspname, c.relname),
+        CASE
+            WHEN v.tombstone_column IS NOT NULL
+                THEN format('(%I = %L) IS TRUE', v.tombstone_column, v.tombstone_value)
+        END
+    INTO source, tombstone
+    FROM stg.table_versions AS v
+    INNER JOIN pg_namespace AS n ON starts_with(v.source_table, n.nspname || '.')
+    INNER JOIN pg_class AS c ON n.oid = c.relnamespace AND c.relname = substr(v.source_table, length(n.nspname) + 2)
+    WHERE v.table_name = shape_of.table_name;
+    IF source IS NULL OR parent IS NULL THEN
+        RAISE EXCEPTION 'stg.table_versions does not say what stg.% is made from', table_name
+            USING HINT = 'SELECT table_name FROM stg.table_versions; names the staging tables.';
+    END IF;
+    SELECT
+        string_agg(quote_ident(a.attname), ', ' ORDER BY a.attnum) FILTER (WHERE i.is_key),
+        string_agg(quote_ident(a.attname), ', ' ORDER BY a.attnum),
+        string_agg(format('a.%1$I = b.%1$I', a.attname), ' AND ' ORDER BY a.attnum) FILTER (WHERE i.is_key),
+        string_agg(format('%1$I = excluded.%1$I', a.attname), ', ' ORDER BY a.attnum) FILTER (WHERE NOT i.is_key)
+    INTO key_list, column_list, same_key, assignments
+    FROM pg_attribute AS a
+    CROSS JOIN LATERAL (
+        SELECT EXISTS (
+            SELECT 1 FROM pg_index AS p
+            WHERE p.indrelid = parent AND p.indisprimary AND a.attnum = ANY (p.indkey)
+        ) AS is_key
+    ) AS i
+    WHERE a.attrelid = parent AND a.attnum > 0 AND NOT a.attisdropped;
+END
+$$;
+COMMENT ON FUNCTION stg.shape_of(text) IS
+'A staging table as pieces of SQL: its source, its key and columns as lists, same_key of a and b, the assignments of an
+upsert, and the condition of its tombstones, NULL without. Takes the name without schema.';
+
+CREATE FUNCTION stg.merge_pending(table_name text, OUT loads_to_apply bigint, OUT rows bigint)
+LANGUAGE plpgsql
+SET search_path = pg_catalog, pg_temp
+SET work_mem = '64MB' -- for the sort; with more it takes longer, with the default of 4 MB too
+SET enable_seqscan = off -- the index on load_id, also while raw has no statistics
+AS $$
+DECLARE
+    shape record;
+    live text := format('stg.%I', table_name || '_live');
+    deleted text := format('stg.%I', table_name || '_deleted');
+    loads bigint[];
+    newest text;
+BEGIN
+    loads_to_apply := stg.begin_refresh(table_name); -- waits for another refresh
+    loads := current_setting('de_dw.loads_to_apply')::bigint[];
+    SELECT * INTO shape FROM stg.shape_of(table_name);
+    -- The loads as a constant: the planner looks into it, and knows nothing of what a subquery will find.
+    newest := format(
+        'SELECT DISTINCT ON (%1$s) %2$s FROM %3$s WHERE load_id = ANY (%4$L::bigint[])
+        ORDER BY %1$s, updated_at DESC, row_id DESC', shape.key_list, shape.column_list, shape.source, loads
+    );
+    IF shape.tombstone IS NULL THEN
+        EXECUTE format(
+            'INSERT INTO %1$s AS previous (%2$s) %3$s
+            ON CONFLICT (%4$s) DO UPDATE SET %5$s
+            WHERE (previous.updated_at, previous.row_id) < (excluded.updated_at, excluded.row_id)',
+            live, shape.column_list, newest, shape.key_list, shape.assignments
+        );
+    ELSE
+        -- What is newer than what is known of its key, be it a row or a tombstone; each key is in one of the two.
+        EXECUTE format(
+            'WITH newest AS MATERIALIZED (%3$s),
+            newer AS MATERIALIZED (
+                SELECT a.*, %6$s AS is_tombstone FROM newest AS a
+                WHERE NOT EXISTS (
+                    SELECT 1 FROM %1$s AS b WHERE %7$s AND (b.updated_at, b.row_id) >= (a.updated_at, a.row_id)
+                ) AND NOT EXISTS (
+                    SELECT 1 FROM %8$s AS b WHERE %7$s AND (b.updated_at, b.row_id) >= (a.updated_at, a.row_id)
+                )
+            ),
+            is_back AS (DELETE FROM %8$s AS a USING newer AS b WHERE %7$s AND NOT b.is_tombstone),
+            is_gone AS (DELETE FROM %1$s AS a USING newer AS b WHERE %7$s AND b.is_tombstone),
+            remembered AS (
+                INSERT INTO %8$s (%2$s) SELECT %2$s FROM newer WHERE is_tombstone
+                ON CONFLICT (%4$s) DO UPDATE SET %5$s
+            )
+            INSERT INTO %1$s (%2$s) SELECT %2$s FROM newer WHERE NOT is_tombstone
+            ON CONFLICT (%4$s) DO UPDATE SET %5$s',
+            live, shape.column_list, newest, shape.key_list, shape.assignments, shape.tombstone, shape.same_key, deleted
+        );
+    END IF;
+    GET DIAGNOSTICS rows = ROW_COUNT;
+    INSERT INTO stg.applied_loads (table_name, load_id, finished_at)
+    SELECT merge_pending.table_name, l.load_id, l.finished_at FROM raw.loads AS l
+    WHERE l.load_id = ANY (loads)
+    ON CONFLICT DO NOTHING;
+END
+$$;
+COMMENT ON FUNCTION stg.merge_pending(text) IS
+'Refreshes a staging table in place: the newest version of each key among its rows and the loads not yet applied. Costs
+what the new batch costs, and no reader waits or gets an error. Returns the loads that it took in and the rows written.
+Takes the name without schema; stg.analyze_if_stale belongs after the commit.';
+
+CREATE FUNCTION stg.union_pending(table_name text, OUT loads_to_apply bigint, OUT rows bigint)
+LANGUAGE plpgsql
+SET search_path = pg_catalog, pg_temp
+SET work_mem = '64MB'
+AS $$
+DECLARE
+    shape record;
+    loads bigint[];
+BEGIN
+    loads_to_apply := stg.begin_refresh(table_name); -- waits for another refresh
+    loads := current_setting('de_dw.loads_to_apply')::bigint[];
+    SELECT * INTO shape FROM stg.shape_of(table_name);
+    PERFORM stg.empty_spare(table_name);
+    -- Every row of an applied load is in the table, or in its tombstones, or was older than the one that is.
+    EXECUTE format(
+        'INSERT INTO %1$s (%4$s)
+        SELECT DISTINCT ON (%3$s) %4$s
+        FROM (
+            SELECT %4$s FROM %2$s
+            %6$s
+            UNION ALL
+            SELECT %4$s FROM %5$s WHERE load_id = ANY (%7$L::bigint[])
+        ) AS version
+        ORDER BY %3$s, updated_at DESC, row_id DESC',
+        format('stg.%I', table_name || '_spare'),
+        format('stg.%I', table_name || '_live'),
+        shape.key_list,
+        shape.column_list,
+        shape.source,
+        CASE
+            WHEN shape.tombstone IS NOT NULL
+                THEN format('UNION ALL SELECT %s FROM stg.%I', shape.column_list, table_name || '_deleted')
+        END,
+        loads
+    );
+    INSERT INTO stg.spare_loads (table_name, load_id, finished_at)
+    SELECT union_pending.table_name, l.load_id, l.finished_at FROM raw.loads AS l
+    WHERE l.load_id = ANY (loads)
+    ON CONFLICT DO NOTHING;
+    rows := stg.swap(table_name);
+END
+$$;
+COMMENT ON FUNCTION stg.union_pending(text) IS
+'Refreshes a staging table by a swap: the newest version of each key among its rows and the loads not yet applied. Costs
+what the table costs, not the history. Returns the loads that it took in and the rows published. Takes the name without
+schema; stg.analyze_if_stale belongs after the commit.';
+
+CREATE FUNCTION stg.verify(
+    table_name text, OUT missing bigint, OUT extra bigint, OUT different bigint, OUT compared bigint
+)
+LANGUAGE plpgsql
+STABLE
+SET search_path = pg_catalog, pg_temp
+SET work_mem = '64MB'
+AS $$
+DECLARE
+    shape record;
+    parent text := format('stg.%I', table_name);
+BEGIN
+    SELECT * INTO shape FROM stg.shape_of(table_name);
+    -- One statement, so that all of it is of one moment. Byte by byte: to the operator = 9.9 and 9.90 are the same.
+    EXECUTE format(
+        'WITH expected AS (
+            SELECT DISTINCT ON (%1$s) %2$s FROM %3$s
+            WHERE load_id != ALL (ARRAY(SELECT p.load_id FROM stg.pending_loads AS p WHERE p.table_name = %5$L))
+            ORDER BY %1$s, updated_at DESC, row_id DESC
+        ),
+        a AS (SELECT expected AS version, %4$s AS is_tombstone, %1$s FROM expected),
+        published AS (SELECT %2$s FROM %6$s),
+        b AS (SELECT published AS version, false AS is_tombstone, %1$s FROM published %7$s)
+        SELECT
+            count(*) FILTER (WHERE b.is_tombstone IS NULL),
+            count(*) FILTER (WHERE a.is_tombstone IS NULL),
+            count(*) FILTER (
+                WHERE record_image_ne(a.version, b.version) OR a.is_tombstone != b.is_tombstone
+            ),
+            count(*) FILTER (WHERE a.is_tombstone IS NOT NULL AND b.is_tombstone IS NOT NULL)
+        FROM a FULL JOIN b ON %8$s',
+        shape.key_list,
+        shape.column_list,
+        shape.source,
+        coalesce(shape.tombstone, 'false'),
+        table_name,
+        parent,
+        CASE
+            WHEN shape.tombstone IS NOT NULL
+                THEN format(
+                    'UNION ALL SELECT deleted AS version, true AS is_tombstone, %1$s FROM (SELECT %2$s FROM stg.%3$I) AS deleted',
+                    shape.key_list, shape.column_list, table_name || '_deleted'
+                )
+        END,
+        shape.same_key
+    ) INTO missing, extra, different, compared;
+END
+$$;
+COMMENT ON FUNCTION stg.verify(text) IS
+'Compares a staging table with a DISTINCT ON over all of its source: one row of counts, of which missing, extra and
+different are 0 when it has just the newest versions. Its tombstones are compared too; a load that no refresh has applied
+is left out. Takes the name without schema.';
+
+-- The table as it stood when a load had been applied, and all that were committed before it.
+CREATE FUNCTION stg.as_of_load(staging_table anyelement, load_id bigint) RETURNS SETOF anyelement
+LANGUAGE plpgsql
+STABLE
+SET search_path = pg_catalog, pg_temp
+AS $$
+DECLARE
+    shape record;
+    table_name text := (
+        SELECT c.relname FROM pg_type AS t INNER JOIN pg_class AS c ON t.typrelid = c.oid
+        WHERE t.oid = pg_typeof(staging_table)
+    );
+BEGIN
+    SELECT * INTO shape FROM stg.shape_of(table_name);
+    RETURN QUERY EXECUTE format(
+        'SELECT %2$s FROM (
+            SELECT DISTINCT ON (%1$s) %2$s FROM %3$s WHERE load_id = ANY (%4$L::bigint[])
+            ORDER BY %1$s, updated_at DESC, row_id DESC
+        ) AS version WHERE NOT (%5$s)',
+        shape.key_list,
+        shape.column_list,
+        shape.source,
+        ARRAY(SELECT stg.loads_until(table_name, as_of_load.load_id)),
+        coalesce(shape.tombstone, 'false')
+    );
+END
+$$;
+COMMENT ON FUNCTION stg.as_of_load(anyelement, bigint) IS
+'The rows of a staging table as they stood after a load: SELECT * FROM stg.as_of_load(NULL::stg.orders_latest, 17). Made
+from raw when it is asked.';
+
+CREATE FUNCTION stg.loads_until(table_name text, load_id bigint) RETURNS SETOF bigint
+LANGUAGE plpgsql
+STABLE
+SET search_path = pg_catalog, pg_temp
+AS $$
+DECLARE
+    last record;
+BEGIN
+    SELECT l.table_name, l.finished_at, l.load_id INTO last
+    FROM raw.loads AS l
+    INNER JOIN stg.table_versions AS v ON l.table_name = v.source_table
+    WHERE v.table_name = loads_until.table_name AND l.load_id = loads_until.load_id;
+    IF NOT FOUND THEN
+        RAISE EXCEPTION 'load % is none of what stg.% is made from', load_id, table_name
+            USING HINT = 'SELECT * FROM ops.loads ORDER BY load_id; lists the loads.';
+    END IF;
+    RETURN QUERY
+    SELECT l.load_id FROM raw.loads AS l
+    WHERE l.table_name = last.table_name AND (l.finished_at, l.load_id) <= (last.finished_at, last.load_id);
+END
+$$;
+COMMENT ON FUNCTION stg.loads_until(text, bigint) IS
+'The load_id of a load and of each load of the same table that was finished before it.';
+
+CREATE FUNCTION stg.rebuild_as_of(table_name text, load_id bigint) RETURNS bigint
+LANGUAGE plpgsql
+SET search_path = pg_catalog, pg_temp
+SET work_mem = '64MB'
+SET de_dw.allow_fewer_rows = 'yes' -- there were fewer then
+AS $$
+DECLARE
+    shape record;
+    loads bigint[] := ARRAY(SELECT stg.loads_until(table_name, rebuild_as_of.load_id));
+    published bigint;
+BEGIN
+    PERFORM stg.begin_refresh(table_name); -- waits for another refresh
+    SELECT * INTO shape FROM stg.shape_of(table_name);
+    PERFORM stg.empty_spare(table_name);
+    EXECUTE format(
+        'INSERT INTO stg.%1$I (%3$s)
+        SELECT DISTINCT ON (%2$s) %3$s FROM %4$s WHERE load_id = ANY (%5$L::bigint[])
+        ORDER BY %2$s, updated_at DESC, row_id DESC',
+        table_name || '_spare', shape.key_list, shape.column_list, shape.source, loads
+    );
+    INSERT INTO stg.spare_loads (table_name, load_id, finished_at)
+    SELECT rebuild_as_of.table_name, l.load_id, l.finished_at FROM raw.loads AS l
+    WHERE l.load_id = ANY (loads)
+    ON CONFLICT DO NOTHING;
+    published := stg.swap(table_name);
+    PERFORM stg.forget_applied(table_name, loads);
+    RETURN published;
+END
+$$;
+COMMENT ON FUNCTION stg.rebuild_as_of(text, bigint) IS
+'Publishes a staging table as it stood after a load, and returns the number of rows. The loads after it are pending then:
+the next refresh takes them in again. Takes the name without schema.';
+
+CREATE FUNCTION stg.forget_applied(table_name text, but_for bigint[]) RETURNS void
+LANGUAGE sql
+SECURITY DEFINER -- the pipeline may add to what was applied, and not take away but here
+SET search_path = pg_catalog, pg_temp
+BEGIN ATOMIC
+    DELETE FROM stg.applied_loads AS a
+    WHERE a.table_name = forget_applied.table_name AND a.load_id != ALL (but_for);
+END;
+COMMENT ON FUNCTION stg.forget_applied(text, bigint[]) IS
+'Makes loads pending again that a staging table has applied: to apply them twice changes nothing.';
+
+REVOKE EXECUTE ON FUNCTION
+stg.shape_of(text),
+stg.merge_pending(text),
+stg.union_pending(text),
+stg.verify(text),
+stg.as_of_load(anyelement, bigint),
+stg.loads_until(text, bigint),
+stg.rebuild_as_of(text, bigint),
+stg.forget_applied(text, bigint[])
+FROM public;
+GRANT EXECUTE ON FUNCTION
+stg.shape_of(text),
+stg.verify(text),
+stg.as_of_load(anyelement, bigint),
+stg.loads_until(text, bigint)
+TO de_dw_pipeline, de_dw_reader;
+GRANT EXECUTE ON FUNCTION
+stg.merge_pending(text),
+stg.union_pending(text),
+stg.rebuild_as_of(text, bigint),
+stg.forget_applied(text, bigint[])
+TO de_dw_pipeline;
+
+-- For checks, which are asked of any table: what is about to be taken in, without its columns.
+CREATE FUNCTION ops.pending_versions(newer_than timestamptz, at_most bigint)
+RETURNS TABLE (key json, updated_at timestamptz, load_id bigint, row_id bigint)
+LANGUAGE plpgsql
+STABLE
+SET search_path = pg_catalog, pg_temp
+SET enable_seqscan = off
+AS $$
+DECLARE
+    shape record;
+BEGIN
+    SELECT * INTO shape FROM stg.shape_of(current_setting('de_dw.table'));
+    RETURN QUERY EXECUTE format(
+        'SELECT row_to_json(k), v.updated_at, v.load_id, v.row_id
+        FROM %s AS v CROSS JOIN LATERAL (SELECT %s) AS k
+        WHERE v.load_id = ANY (%L::bigint[]) AND v.updated_at > %L
+        LIMIT %s',
+        shape.source,
+        shape.key_list,
+        current_setting('de_dw.loads_to_apply'),
+        newer_than,
+        at_most
+    );
+END
+$$;
+COMMENT ON FUNCTION ops.pending_versions(timestamptz, bigint) IS
+'Some of the versions with a newer updated_at that the loads bring which the setting de_dw.loads_to_apply names, of the
+staging table that de_dw.table names: key, updated_at, load_id, row_id. For checks, which have both settings.';
+REVOKE EXECUTE ON FUNCTION ops.pending_versions(timestamptz, bigint) FROM public;
+GRANT EXECUTE ON FUNCTION ops.pending_versions(timestamptz, bigint) TO de_dw_pipeline, de_dw_reader;
+
+CREATE OR REPLACE FUNCTION stg.swap(table_name text) RETURNS bigint
+LANGUAGE plpgsql
+SET search_path = pg_catalog, pg_temp
+SET lock_timeout = '100ms' -- new readers queue behind a waiting lock, so none waits longer than this for a long reader
+AS $$
+DECLARE
+    parent text := format('stg.%I', table_name);
+    live_name text := table_name || '_live';
+    spare_name text := table_name || '_spare';
+    live text := format('stg.%I', live_name);
+    spare text := format('stg.%I', spare_name);
+    temporary_name text := format('swap %s', gen_random_uuid());
+    patience interval := coalesce(nullif(current_setting('de_dw.swap_patience', true), ''), '1 minute');
+    give_up_at timestamptz;
+    pause float8 := 0.05; -- seconds, doubled up to 2
+    live_rows bigint;
+    spare_rows bigint;
+    deleted text := format('stg.%I', table_name || '_deleted');
+    deleted_rows bigint := 0; -- tombstones as they were, and
+    spare_deleted_rows bigint := 0; -- as they will be
+    shape record;
+    next_version bigint;
+    index_name text; -- of the live table
+    spare_index_name text;
+    blockers text;
+    only_autovacuum boolean;
+BEGIN
+    IF (
+        SELECT v.spare_emptied_by = pg_current_xact_id() FROM stg.table_versions AS v
+        WHERE v.table_name = swap.table_name
+    ) IS NOT TRUE THEN
+        RAISE EXCEPTION 'the spare of % was not emptied and filled in this transaction', parent
+            USING ERRCODE = 'object_not_in_prerequisite_state',
+                  HINT = 'What is in it is older than what is published. Run a script of sql/transforms/ as a whole.';
+    END IF;
+    SELECT * INTO shape FROM stg.shape_of(table_name);
+    IF shape.tombstone IS NOT NULL THEN
+        -- A key whose latest version is a tombstone is not published, but remembered.
+        EXECUTE format('DELETE FROM %s', deleted);
+        GET DIAGNOSTICS deleted_rows = ROW_COUNT;
+        EXECUTE format(
+            'WITH gone AS (DELETE FROM %1$s WHERE %3$s RETURNING %4$s) INSERT INTO %2$s (%4$s) SELECT %4$s FROM gone',
+            spare, deleted, shape.tombstone, shape.column_list
+        );
+        GET DIAGNOSTICS spare_deleted_rows = ROW_COUNT;
+    END IF;
+    EXECUTE format('SELECT count(*) FROM %s', live) INTO live_rows;
+    EXECUTE format('SELECT count(*) FROM %s', spare) INTO spare_rows;
+    IF spare_rows + spare_deleted_rows < live_rows + deleted_rows
+        AND current_setting('de_dw.allow_fewer_rows', true) IS DISTINCT FROM 'yes'
+    THEN
+        RAISE EXCEPTION 'refusing to publish % rows in place of the % rows of %', spare_rows, live_rows, parent
+            USING HINT = 'raw only grows, so a refresh never finds fewer keys than the last: look at the transform, and at '
+                         'who else writes to schema stg. SET de_dw.allow_fewer_rows = ''yes'' publishes them all the same.';
+    END IF;
+
+    PERFORM stg.index_spare(table_name);
+    EXECUTE format('ANALYZE %s', spare);
+
+    give_up_at := clock_timestamp() + patience;
+    LOOP
+        BEGIN
+            -- The only lock that a reader can feel, after all the work. The live table is locked with its parent.
+            EXECUTE format('LOCK TABLE %s, %s IN ACCESS EXCLUSIVE MODE', parent, spare);
+            EXIT;
+        EXCEPTION WHEN lock_not_available THEN
+            SELECT
+                string_agg(DISTINCT format('pid %s (%s)', a.pid, concat_ws(', ', a.usename, a.application_name)), ', '),
+                bool_and(a.usesysid IS NULL)
+            INTO blockers, only_autovacuum
+            FROM pg_locks AS l
+            INNER JOIN pg_stat_activity AS a ON l.pid = a.pid
+            WHERE l.granted
+                AND l.pid <> pg_backend_pid()
+                AND l.relation IN (parent::regclass, live::regclass, spare::regclass);
+            -- Autovacuum makes way for those who wait longer than deadlock_timeout, a second; it belongs to no user.
+            PERFORM set_config('lock_timeout', CASE WHEN only_autovacuum THEN '2s' ELSE '100ms' END, true);
+            IF clock_timestamp() > give_up_at THEN
+                RAISE EXCEPTION '% has been in use for %, by %',
+                    parent, patience, coalesce(blockers, 'readers that came and went')
+                    USING ERRCODE = 'lock_not_available',
+                          HINT = 'It is as it was, stale but correct. Wait for these transactions, or end them with '
+                                 'pg_terminate_backend(pid), then run the refresh again.';
+            END IF;
+            RAISE NOTICE '% is in use by %: trying again', parent, coalesce(blockers, 'a reader that has just gone');
+            PERFORM pg_sleep(pause);
+            pause := least(pause * 2, 2);
+        END;
+    END LOOP;
+
+    EXECUTE format('ALTER TABLE %s DETACH PARTITION %s', parent, live);
+    EXECUTE format('ALTER TABLE %s ATTACH PARTITION %s FOR VALUES FROM (MINVALUE) TO (MAXVALUE)', parent, spare);
+
+    -- The names change sides too: _live is always what readers see, and an index is named after the table it is on.
+    FOR index_name IN
+        SELECT c.relname
+        FROM pg_index AS i
+        INNER JOIN pg_class AS c ON i.indexrelid = c.oid
+        WHERE i.indrelid = live::regclass AND i.indisvalid
+    LOOP
+        spare_index_name := stg.spare_index_name(table_name, index_name);
+        EXECUTE format('ALTER INDEX stg.%I RENAME TO %I', index_name, temporary_name);
+        EXECUTE format('ALTER INDEX stg.%I RENAME TO %I', spare_index_name, index_name);
+        EXECUTE format('ALTER INDEX stg.%I RENAME TO %I', temporary_name, spare_index_name);
+    END LOOP;
+    EXECUTE format('ALTER TABLE stg.%I RENAME TO %I', live_name, temporary_name);
+    EXECUTE format('ALTER TABLE stg.%I RENAME TO %I', spare_name, live_name);
+    EXECUTE format('ALTER TABLE stg.%I RENAME TO %I', temporary_name, spare_name);
+
+    UPDATE stg.table_versions AS v
+    SET version = v.version + 1, published_at = clock_timestamp(), spare_emptied_by = NULL
+    WHERE v.table_name = swap.table_name
+    RETURNING v.version INTO STRICT next_version;
+    INSERT INTO stg.applied_loads (table_name, load_id, finished_at)
+    SELECT s.table_name, s.load_id, s.finished_at FROM stg.spare_loads AS s
+    WHERE s.table_name = swap.table_name
+    ON CONFLICT DO NOTHING;
+    EXECUTE format(
+        'ALTER TYPE stg.%I RENAME TO %I', table_name || '_v' || (next_version - 1), table_name || '_v' || next_version
+    );
+
+    RETURN spare_rows;
+END
+$$;
+COMMENT ON FUNCTION stg.swap(text) IS
+'Publishes the spare of a staging table in place of its live table, and returns the number of rows. Takes the table''s
+name without schema, in the transaction that emptied the spare (stg.empty_spare) and filled it; error 55P03 names who
+had it in use for a minute, or for what the setting de_dw.swap_patience says.';

@@ -1,0 +1,261 @@
+"""A table that a migration makes a dataset: every refresh, verification, replay, tombstones; and its like, raw.orders."""
+
+import pytest
+from psycopg import errors
+
+from tests.warehouse import OWNER, PIPELINE, Warehouse
+
+THINGS = """
+    CREATE TABLE raw.things (
+        shop text NOT NULL,
+        thing_id integer NOT NULL,
+        price numeric,
+        is_deleted boolean,
+        updated_at timestamptz NOT NULL
+    );
+    COMMENT ON COLUMN raw.things.shop IS 'The shop.';
+    SELECT raw.create_dataset('things');
+    SELECT stg.create_latest('things', '{shop,thing_id}', 'is_deleted', 'true');
+"""
+SWAP = """
+    BEGIN;
+    SELECT stg.begin_refresh('things_latest') AS loads_to_apply;
+    SELECT stg.empty_spare('things_latest');
+    INSERT INTO stg.spare_loads (table_name, load_id, finished_at)
+    SELECT 'things_latest', load_id, finished_at FROM raw.loads WHERE table_name = 'raw.things';
+    INSERT INTO stg.things_latest_spare
+    SELECT DISTINCT ON (shop, thing_id) * FROM raw.things ORDER BY shop, thing_id, updated_at DESC, row_id DESC;
+    SELECT stg.swap('things_latest');
+    COMMIT
+"""
+REFRESHES = {
+    "swap": SWAP,
+    "union": "SELECT stg.union_pending('things_latest')",
+    "merge": "SELECT stg.merge_pending('things_latest')",
+}
+by_every_refresh = pytest.mark.parametrize("refresh", REFRESHES)
+DELETED = "SELECT shop, thing_id FROM stg.things_latest_deleted ORDER BY shop, thing_id"
+PUBLISHED = "SELECT shop, thing_id, price::text FROM stg.things_latest ORDER BY shop, thing_id"
+
+
+@pytest.fixture
+def things(warehouse: Warehouse) -> Warehouse:
+    warehouse.alter(THINGS)
+    return warehouse
+
+
+def refresh_by(warehouse: Warehouse, kind: str) -> None:
+    with warehouse.connect(PIPELINE, autocommit=True) as conn:
+        conn.execute(REFRESHES[kind].encode())
+
+
+def verified(warehouse: Warehouse) -> tuple[int, ...]:
+    (found,) = warehouse.rows("SELECT missing, extra, different, compared FROM stg.verify('things_latest')")
+    return found
+
+
+@by_every_refresh
+def test_newest_version_of_a_key_of_two_columns_is_published(things: Warehouse, refresh: str) -> None:
+    things.given("raw.things", "shop | thing_id | price | updated_at\na | 1 | 1.0 | 2026-01-02\na | 2 | 2 | 2026-01-01")
+    refresh_by(things, refresh)
+    things.given("raw.things", "shop | thing_id | price | updated_at\na | 1 | 9 | 2026-01-01\nb | 1 | 3.00 | 2026-01-01")
+
+    refresh_by(things, refresh)
+
+    assert things.rows(PUBLISHED) == [("a", 1, "1.0"), ("a", 2, "2"), ("b", 1, "3.00")]
+    assert verified(things) == (0, 0, 0, 3)
+
+
+@by_every_refresh
+def test_tombstone_removes_its_key_and_an_older_version_does_not_bring_it_back(things: Warehouse, refresh: str) -> None:
+    things.given(
+        "raw.things", "shop | thing_id | price | updated_at\na | 1 | 1 | 2026-01-01\na | 2 | 2 | 2026-01-01"
+    )
+    refresh_by(things, refresh)
+    things.given("raw.things", "shop | thing_id | is_deleted | updated_at\na | 1 | true | 2026-01-03")
+    refresh_by(things, refresh)
+    assert things.rows(PUBLISHED) == [("a", 2, "2")]
+    assert things.rows(DELETED) == [("a", 1)]
+
+    things.given("raw.things", "shop | thing_id | price | updated_at\na | 1 | 7 | 2026-01-02")
+    refresh_by(things, refresh)
+
+    assert things.rows(PUBLISHED) == [("a", 2, "2")]
+    assert verified(things) == (0, 0, 0, 2)
+    assert things.rows("SELECT count(*) FROM stg.things_history WHERE thing_id = 1") == [(3,)]
+
+
+@by_every_refresh
+def test_newer_version_than_the_tombstone_brings_the_key_back(things: Warehouse, refresh: str) -> None:
+    things.given("raw.things", "shop | thing_id | is_deleted | updated_at\na | 1 | true | 2026-01-03")
+    refresh_by(things, refresh)
+    things.given(
+        "raw.things", "shop | thing_id | is_deleted | price | updated_at\na | 1 | false | 5 | 2026-01-04\na | 1 | NULL | 6 | 2026-01-05"
+    )
+
+    refresh_by(things, refresh)
+
+    assert things.rows(PUBLISHED) == [("a", 1, "6")]
+    assert things.rows(DELETED) == []
+    assert verified(things) == (0, 0, 0, 1)
+
+
+@by_every_refresh
+def test_tombstone_that_comes_late_changes_nothing(things: Warehouse, refresh: str) -> None:
+    things.given("raw.things", "shop | thing_id | price | updated_at\na | 1 | 1 | 2026-01-05")
+    refresh_by(things, refresh)
+    things.given("raw.things", "shop | thing_id | is_deleted | updated_at\na | 1 | true | 2026-01-03")
+
+    refresh_by(things, refresh)
+
+    assert things.rows(PUBLISHED) == [("a", 1, "1")]
+    assert things.rows(DELETED) == []
+
+
+@by_every_refresh
+def test_on_a_tie_with_a_tombstone_what_arrived_last_wins(things: Warehouse, refresh: str) -> None:
+    rows = "shop | thing_id | is_deleted | updated_at\n{}"
+    things.given("raw.things", rows.format("a | 1 | true | 2026-01-01\nb | 1 | false | 2026-01-01"))
+    refresh_by(things, refresh)
+    things.given("raw.things", rows.format("a | 1 | false | 2026-01-01\nb | 1 | true | 2026-01-01"))
+
+    refresh_by(things, refresh)
+
+    assert [row[:2] for row in things.rows(PUBLISHED)] == [("a", 1)]
+    assert things.rows(DELETED) == [("b", 1)]
+
+
+@pytest.mark.parametrize("kinds", [("merge", "swap"), ("swap", "merge"), ("merge", "union"), ("union", "merge")])
+def test_tombstones_are_remembered_from_one_kind_of_refresh_to_the_next(
+    things: Warehouse, kinds: tuple[str, str]
+) -> None:
+    things.given("raw.things", "shop | thing_id | is_deleted | updated_at\na | 1 | true | 2026-01-03")
+    refresh_by(things, kinds[0])
+    things.given("raw.things", "shop | thing_id | price | updated_at\na | 1 | 1 | 2026-01-02\na | 2 | 2 | 2026-01-02")
+
+    refresh_by(things, kinds[1])
+
+    assert things.rows(PUBLISHED) == [("a", 2, "2")]
+    assert things.rows(DELETED) == [("a", 1)]
+
+
+def test_every_kind_makes_the_same_rows_of_a_long_history(things: Warehouse) -> None:
+    for load in range(12):
+        rows = "\n".join(
+            f"a | {(load * 7 + n * 5) % 23} | {load} | {'true' if (load + n) % 4 == 0 else 'NULL'} | 2026-01-{(load * 5 + n) % 9 + 1:02}"
+            for n in range(10)
+        )
+        things.given("raw.things", f"shop | thing_id | price | is_deleted | updated_at\n{rows}")
+        refresh_by(things, list(REFRESHES)[load % 3])
+        merged = things.rows("SELECT * FROM stg.things_latest ORDER BY thing_id")
+        assert verified(things)[:3] == (0, 0, 0)
+        refresh_by(things, "swap")
+        assert things.rows("SELECT * FROM stg.things_latest ORDER BY thing_id") == merged
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        ("DELETE FROM stg.things_latest_live WHERE thing_id = 2", (1, 0, 0, 1)),
+        ("DELETE FROM stg.things_latest_deleted", (1, 0, 0, 1)),
+        ("UPDATE stg.things_latest_live SET price = 2.0", (0, 0, 1, 2)),
+        ("INSERT INTO stg.things_latest_live SELECT * FROM stg.things_latest_deleted; DELETE FROM stg.things_latest_deleted", (0, 0, 1, 2)),
+    ],
+)  # fmt: skip
+def test_verification_finds_what_somebody_else_changed(
+    things: Warehouse, change: str, found: tuple[int, ...]
+) -> None:
+    things.given(
+        "raw.things",
+        "shop | thing_id | price | is_deleted | updated_at\na | 1 | 1 | true | 2026-01-01\na | 2 | 2 | NULL | 2026-01-01",
+    )
+    refresh_by(things, "merge")
+    things.alter(change)
+
+    assert verified(things) == found
+
+
+def test_table_as_of_a_load_has_what_was_there_then(things: Warehouse) -> None:
+    things.given("raw.things", "shop | thing_id | price | updated_at\na | 1 | 1 | 2026-01-01\na | 2 | 2 | 2026-01-01")
+    things.given("raw.things", "shop | thing_id | is_deleted | updated_at\na | 1 | true | 2026-01-02")
+    things.given("raw.things", "shop | thing_id | price | updated_at\na | 3 | 3 | 2026-01-03")
+    as_of = "SELECT thing_id FROM stg.as_of_load(NULL::stg.things_latest, {}) ORDER BY thing_id"
+
+    found = {load: [key for (key,) in things.rows(as_of.format(load))] for load in (1, 2, 3)}
+
+    assert found == {1: [1, 2], 2: [2], 3: [2, 3]}
+
+
+def test_rebuild_as_of_a_load_publishes_it_and_the_next_refresh_goes_on_from_there(things: Warehouse) -> None:
+    for day in (1, 2, 3):
+        things.given("raw.things", f"shop | thing_id | price | updated_at\na | {day} | {day} | 2026-01-0{day}")
+        refresh_by(things, "merge")
+
+    things.rows("SELECT stg.rebuild_as_of('things_latest', 2)", PIPELINE)
+
+    assert things.rows(PUBLISHED) == [("a", 1, "1"), ("a", 2, "2")]
+    assert things.rows("SELECT load_id FROM stg.pending_loads WHERE table_name = 'things_latest'") == [(3,)]
+    assert verified(things) == (0, 0, 0, 2)
+    refresh_by(things, "merge")
+    assert things.rows(PUBLISHED) == [("a", 1, "1"), ("a", 2, "2"), ("a", 3, "3")]
+
+
+def test_rebuild_as_of_a_load_of_another_table_is_refused(things: Warehouse) -> None:
+    things.given("raw.orders", "order_id | updated_at\n1 | 2026-01-01")
+
+    with pytest.raises(errors.RaiseException, match=r"load 1 is none of what stg\.things_latest is made from"):
+        things.rows("SELECT stg.rebuild_as_of('things_latest', 1)", PIPELINE)
+
+
+@pytest.mark.parametrize("kind", ["c", "i", "t", "g", "d"])
+def test_dataset_is_made_like_orders(warehouse: Warehouse, kind: str) -> None:
+    """Constraints, indexes, triggers, grants and what is behind the staging table, but for columns and own rules."""
+    what = {
+        "c": "SELECT conname, pg_get_constraintdef(oid) FROM pg_constraint WHERE conrelid IN ({})"
+        " AND conname ~ 'pkey$|updated_at_is' AND contype IN ('c', 'p')",
+        "i": "SELECT c.relname, pg_get_indexdef(c.oid), c.reloptions FROM pg_index AS i"
+        " INNER JOIN pg_class AS c ON i.indexrelid = c.oid WHERE indrelid IN ({})",
+        "t": "SELECT tgname, tgrelid::regclass::text, tgtype, tgenabled FROM pg_trigger WHERE tgrelid IN ({})",
+        "g": "SELECT relname, relacl::text, relrowsecurity, relforcerowsecurity, reloptions, relowner::regrole::text"
+        " FROM pg_class WHERE oid IN ({})",
+        "d": "SELECT polname, pg_get_expr(polqual, polrelid) FROM pg_policy WHERE polrelid IN ({})",
+    }[kind]
+    names = [
+        "raw.{}", "raw.{}_rejects", "stg.{}_latest", "stg.{}_latest_live", "stg.{}_latest_spare", "stg.{}_history"
+    ]  # fmt: skip
+    found = {}
+    for dataset in ("orders", "customers"):
+        tables = ", ".join(f"'{name.format(dataset)}'::regclass" for name in names)
+        rows = warehouse.rows(what.format(tables), OWNER)
+        found[dataset] = sorted(
+            str(row).replace(" NOT VALID", "").replace(dataset, "X").replace(dataset[:-1] + "_id", "X_id") for row in rows
+        )
+
+    assert found["customers"] == found["orders"] != []
+
+
+def test_dataset_without_updated_at_is_refused(warehouse: Warehouse) -> None:
+    with pytest.raises(errors.RaiseException, match=r"raw\.things has no column updated_at timestamptz NOT NULL"):
+        warehouse.alter("CREATE TABLE raw.things (id bigint); SELECT raw.create_dataset('things')")
+
+
+def test_dataset_can_be_dropped_and_made_again(things: Warehouse) -> None:
+    things.given("raw.things", "shop | thing_id | updated_at\na | 1 | 2026-01-01")
+    refresh_by(things, "swap")
+    with pytest.raises(errors.RaiseException, match=r"refusing to drop raw\.things: it has rows"):
+        things.alter("SELECT stg.drop_latest('things'); SELECT raw.drop_dataset('things')")
+
+    things.alter("SET de_dw.allow_data_loss = yes; SELECT stg.drop_latest('things'); SELECT raw.drop_dataset('things')")
+
+    things.alter(THINGS)
+
+
+def test_pipeline_can_not_make_or_drop_a_dataset(things: Warehouse) -> None:
+    for statement in (
+        "SELECT raw.create_dataset('orders')",
+        "SELECT raw.drop_dataset('things')",
+        "SELECT stg.create_latest('orders', '{order_id}')",
+        "SELECT stg.drop_latest('things')",
+    ):
+        with pytest.raises(errors.InsufficientPrivilege):
+            things.alter(statement, PIPELINE)
