@@ -1,7 +1,7 @@
 """What the tasks of a run tell people: a sentence each, in the log, in XCom as `summary`, with their asset's event."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,48 @@ def say(ti: Any, summary: str) -> None:
     """Put the sentence into the log and into XCom."""
     log.info(summary)
     ti.xcom_push("summary", summary)
+
+
+def report_found(ti: Any, source: str, new: Sequence[Any], known: Sequence[Any], limit: int) -> None:
+    """Say which files a run has before it.
+
+    :param new: to load, of batch_source.new_files; of these one run takes as many as the limit.
+    :param known: that the ledger has.
+    """
+    summary = f"{source}: {counted(len(new), 'file')} to load, {len(known):,} loaded before"
+    if len(new) > limit:
+        summary += f". This run takes the first {limit:,}: run it again for the others"
+    ti.xcom_push("known", [file.name for file in known])
+    say(ti, summary)
+
+
+def report_landed(ti: Any, table: str, files: Sequence[Any], finder: str, loader: str) -> dict[str, Any]:
+    """Say what became of each file of a run.
+
+    :param files: that were to be loaded.
+    :param finder: the task that found them, with XCom `known`.
+    :param loader: the mapped task that loaded them: its results, and of those that failed XCom `refused`.
+    :return: the summary, and how many files were loaded, loaded before, and refused.
+    :raises AirflowFailException: not all of them are in.
+    """
+    from airflow.sdk.exceptions import AirflowFailException
+
+    reports = ti.xcom_pull(task_ids=[loader])
+    refused = ti.xcom_pull(task_ids=[loader], key="refused")
+    known = ti.xcom_pull(task_ids=finder, key="known") or []
+    files = files or []
+    new = [report for report in reports if report["is_new"]]
+    before = len(known) + len(reports) - len(new)
+    lost = len(files) - len(reports) - len(refused)
+    parts = [f"{len(new):,} loaded ({counted(sum(report['rows'] for report in new), 'row')})"]
+    parts += [f"{before:,} loaded before"] if before else []
+    parts += [f"{len(refused):,} refused"] if refused else []
+    parts += [f"{lost:,} not loaded, see load_raw"] if lost else []
+    summary = f"{table}: {counted(len(files) + len(known), 'file')}: {', '.join(parts)}"
+    say(ti, summary)
+    if refused or lost:
+        raise AirflowFailException("\n".join([f"{summary}. What was loaded is published all the same.", *refused]))
+    return {"summary": summary, "loaded": len(new), "loaded_before": before}
 
 
 def report_checks(ti: Any, table: str, loads: list[int], results: list[Result]) -> dict[str, Any]:

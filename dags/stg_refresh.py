@@ -6,6 +6,28 @@ from typing import Any, NamedTuple
 # 1 million rows, 0.5 at 100 thousand (docs/performance.md). A merge also spares readers the lock of a swap.
 UNION_FROM = 0.3
 
+# Kind: when it is chosen, for the graph; and what it does, where that is in no script of the table's own.
+REFRESHES = {
+    "swap": ("none applied yet", None),
+    "union": (
+        "many rows pending",
+        "The newest version of each key among the table's rows and the loads not yet applied, swapped in: "
+        "stg.union_pending. Its cost follows the table, not the history.",
+    ),
+    "merge": (
+        "few rows pending",
+        "The newest version of each key among the loads not yet applied, where it is newer, in place: "
+        "stg.merge_pending. Its cost follows the new batch. No reader waits for it or gets an error.",
+    ),
+}
+# As sql/transforms/stg.TABLE.sql, for the kinds that a function makes of any table.
+SCRIPT = """BEGIN;
+SET LOCAL transaction_isolation = 'read committed'; -- so that each statement looks at raw after the lock, not before
+SELECT loads_to_apply, rows FROM stg.{kind}_pending('{table}');
+COMMIT;
+-- After the commit, so that nobody waits for it.
+SELECT stg.analyze_if_stale('{table}') AS is_analyzed;
+"""
 STATUS = """
 SELECT has_applied_loads, pending_loads, pending_rows, table_rows
 FROM stg.refresh_status
@@ -20,6 +42,15 @@ class Refresh(NamedTuple):
 
     kind: str
     why: str
+
+
+def refresh_script(kind: str, table: str) -> str:
+    """The SQL of a refresh, for SQLExecuteQueryOperator.
+
+    :param kind: one of REFRESHES.
+    :param table: the staging table, without its schema.
+    """
+    return f"{{% include 'stg.{table}.sql' %}}" if kind == "swap" else SCRIPT.format(kind=kind, table=table)
 
 
 def cheapest_refresh(hook: Any, table: str, asked: str) -> Refresh:
@@ -54,13 +85,15 @@ def counted(number: int, thing: str) -> str:
 def refresh_counts(cursor: Any) -> Any:
     """What a transform did, from the results of its statements.
 
-    :return: `loads` that it took in; `rows` of its last INSERT: published by a swap, inserted or updated by a merge.
+    :return: `loads` that it took in; `rows` published by a swap, inserted or updated by a merge.
     """
     counts = {"loads": 0, "rows": 0}
     while True:
         if (cursor.statusmessage or "").startswith("INSERT"):
             counts["rows"] = cursor.rowcount
-        if cursor.description and cursor.description[0].name == "loads_to_apply":
-            (counts["loads"],) = cursor.fetchone()
+        names = [column.name for column in cursor.description or ()]
+        if names[:1] == ["loads_to_apply"]:
+            counts["loads"], *rows = cursor.fetchone()
+            counts["rows"] = rows[0] if rows else 0
         if not cursor.nextset():
             return counts

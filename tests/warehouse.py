@@ -155,7 +155,7 @@ class Warehouse:
             conn.execute("COMMIT")
 
     def run(self, transform: str, *, notices: list[str] | None = None, settings: str = "") -> int:
-        """Run sql/transforms/<transform>.sql as Airflow does, and return the number of rows it wrote."""
+        """Run sql/transforms/<transform>.sql, or stg.<table>.merge or .union, as Airflow does, and return the number of rows it wrote."""
 
         def keep(said: psycopg.errors.Diagnostic) -> None:
             if notices is not None:
@@ -181,9 +181,10 @@ class Warehouse:
             conn.execute(statements.encode())
             conn.execute("COMMIT")
 
-    def verification(self, transform: str = "stg.orders_latest") -> tuple[int, ...]:
+    def verification(self, table: str = "stg.orders_latest") -> tuple[int, ...]:
         """Rows of stg that are missing, extra and different, and how many were compared."""
-        (found,) = self.rows(script_of(f"{transform}.verify"), PIPELINE)
+        query = f"SELECT missing, extra, different, compared FROM stg.verify('{table.removeprefix('stg.')}')"
+        (found,) = self.rows(query, PIPELINE)
         return found
 
     def __del__(self) -> None:
@@ -212,7 +213,12 @@ class Warehouse:
 
 
 def script_of(transform: str) -> str:
-    """What is in sql/transforms/<transform>.sql."""
+    """What is in sql/transforms/<transform>.sql; of stg.<table>.merge and .union what Airflow runs."""
+    _, table, *kind = transform.split(".")
+    if kind:
+        from stg_refresh import refresh_script
+
+        return refresh_script(*kind, table)
     return (TRANSFORMS / f"{transform}.sql").read_text()
 
 
@@ -230,11 +236,13 @@ def alembic(url: str, *arguments: str, check: bool = True) -> subprocess.Complet
 
 
 def rows_written(cursor: psycopg.Cursor[Any]) -> int:
-    """The count of a script's last INSERT."""
+    """The count of a script's last INSERT, or what the function of a refresh says."""
     rows = 0
     while True:
         if (cursor.statusmessage or "").startswith("INSERT"):
             rows = cursor.rowcount
+        if cursor.description and [column.name for column in cursor.description] == ["loads_to_apply", "rows"]:
+            (_, rows) = cursor.fetchone() or (0, 0)
         if not cursor.nextset():
             return rows
 

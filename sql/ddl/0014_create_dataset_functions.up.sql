@@ -267,7 +267,6 @@ BEGIN
     RETURNING v.version INTO STRICT current_version;
     -- What was applied to it is not, to a table of that name that is made anew.
     DELETE FROM stg.applied_loads AS a WHERE a.table_name = drop_latest.name || '_latest';
-    DELETE FROM stg.spare_loads AS s WHERE s.table_name = drop_latest.name || '_latest';
     EXECUTE format('DROP TYPE stg.%I', name || '_latest_v' || current_version);
 END
 $$;

@@ -8,6 +8,80 @@ DROP FUNCTION stg.loads_until(text, bigint);
 DROP FUNCTION stg.verify(text);
 DROP FUNCTION stg.union_pending(text);
 DROP FUNCTION stg.merge_pending(text);
+DROP FUNCTION stg.takes_in(text);
+DROP FUNCTION stg.begin_swap(text);
+
+CREATE TABLE stg.spare_loads (
+    table_name text NOT NULL,
+    load_id bigint NOT NULL,
+    finished_at timestamptz NOT NULL,
+    CONSTRAINT spare_loads_pkey PRIMARY KEY (table_name, load_id)
+);
+COMMENT ON TABLE stg.spare_loads IS
+'One row per load that the spare of a staging table takes in besides those applied before: written by the statement that
+fills the spare, and made applied by the swap that publishes it.';
+COMMENT ON COLUMN stg.spare_loads.table_name IS 'The staging table, without its schema.';
+COMMENT ON COLUMN stg.spare_loads.load_id IS 'The load: raw.loads.load_id.';
+COMMENT ON COLUMN stg.spare_loads.finished_at IS 'When the load''s last row was in: raw.loads.finished_at.';
+ALTER TABLE stg.spare_loads OWNER TO de_dw_pipeline;
+
+CREATE OR REPLACE FUNCTION stg.empty_spare(table_name text) RETURNS void
+LANGUAGE plpgsql
+SET search_path = pg_catalog, pg_temp
+SET lock_timeout = '1min' -- a dump of the database reads the spare as well
+AS $$
+DECLARE
+    parent regclass := format('stg.%I', table_name);
+    live regclass := format('stg.%I', table_name || '_live');
+    spare regclass := format('stg.%I', table_name || '_spare');
+    dependents text;
+    name text;
+BEGIN
+    -- Who comes here without stg.begin_refresh, or although it failed, must not fill the spare beside a merge.
+    PERFORM pg_advisory_xact_lock(hashtextextended('refresh stg.' || table_name, 0));
+
+    -- Views, functions, policies and publications stay with the table that they were made on, which is the spare after
+    -- the next swap; and no table can be detached that a foreign key looks into.
+    SELECT string_agg(DISTINCT d.what, ', ') INTO dependents
+    FROM (
+        SELECT 'view ' || r.ev_class::regclass::text AS what
+        FROM pg_depend AS p
+        INNER JOIN pg_rewrite AS r ON p.objid = r.oid
+        WHERE p.classid = 'pg_rewrite'::regclass AND p.refclassid = 'pg_class'::regclass
+            AND p.refobjid IN (live, spare)
+        UNION ALL
+        SELECT pg_describe_object(p.classid, p.objid, p.objsubid)
+        FROM pg_depend AS p
+        WHERE p.refclassid = 'pg_class'::regclass AND p.refobjid IN (live, spare)
+            AND (p.classid IN ('pg_proc'::regclass, 'pg_publication_rel'::regclass)
+                OR p.classid = 'pg_policy'::regclass AND p.deptype = 'n')
+        UNION ALL
+        SELECT format('foreign key %I of %s', c.conname, c.conrelid::regclass)
+        FROM pg_constraint AS c
+        WHERE c.contype = 'f' AND c.confrelid IN (parent, live, spare) AND c.conparentid = 0
+    ) AS d;
+    IF dependents IS NOT NULL THEN
+        RAISE EXCEPTION 'a swap exchanges the tables behind %, but on one of them there is: %', parent, dependents
+            USING ERRCODE = 'dependent_objects_still_exist',
+                  HINT = format('Drop it. Whatever reads belongs on %s, foreign keys to it are not possible.', parent);
+    END IF;
+
+    EXECUTE format('TRUNCATE %s', spare);
+    DELETE FROM stg.spare_loads AS s WHERE s.table_name = empty_spare.table_name;
+    UPDATE stg.table_versions AS v SET spare_emptied_by = pg_current_xact_id()
+    WHERE v.table_name = empty_spare.table_name;
+    FOR name IN
+        SELECT c.conname FROM pg_constraint AS c WHERE c.conrelid = spare AND c.contype IN ('p', 'u', 'x')
+    LOOP
+        EXECUTE format('ALTER TABLE %s DROP CONSTRAINT %I', spare, name);
+    END LOOP;
+    FOR name IN
+        SELECT c.relname FROM pg_index AS i INNER JOIN pg_class AS c ON i.indexrelid = c.oid WHERE i.indrelid = spare
+    LOOP
+        EXECUTE format('DROP INDEX stg.%I', name);
+    END LOOP;
+END
+$$;
 
 CREATE OR REPLACE FUNCTION stg.swap(table_name text) RETURNS bigint
 LANGUAGE plpgsql

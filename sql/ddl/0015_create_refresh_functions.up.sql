@@ -53,6 +53,38 @@ COMMENT ON FUNCTION stg.shape_of(text) IS
 'A staging table as pieces of SQL: its source, its key and columns as lists, same_key of a and b, the assignments of an
 upsert, and the condition of its tombstones, NULL without. Takes the name without schema.';
 
+CREATE FUNCTION stg.begin_swap(table_name text) RETURNS bigint
+LANGUAGE plpgsql
+SET search_path = pg_catalog, pg_temp
+AS $$
+DECLARE
+    loads_to_apply bigint := stg.begin_refresh(table_name);
+BEGIN
+    PERFORM stg.empty_spare(table_name);
+    PERFORM set_config('work_mem', '64MB', true); -- for the sort; with more it takes longer, with the default of 4 MB too
+    RETURN loads_to_apply;
+END
+$$;
+COMMENT ON FUNCTION stg.begin_swap(text) IS
+'The first step of a refresh by a swap, in its transaction: stg.begin_refresh and stg.empty_spare. Returns the number of
+loads to apply. Takes the table''s name without schema.';
+
+CREATE FUNCTION stg.takes_in(table_name text) RETURNS boolean
+LANGUAGE plpgsql
+STABLE -- so that it sees just what the statement sees that calls it
+SET search_path = pg_catalog, pg_temp
+AS $$
+BEGIN
+    PERFORM set_config(
+        'de_dw.taken_in', format('%s %s', table_name, ARRAY(SELECT stg.loads_to_apply(table_name))), true
+    );
+    RETURN true;
+END
+$$;
+COMMENT ON FUNCTION stg.takes_in(text) IS
+'True. In the WHERE of the statement that fills the spare, as (SELECT stg.takes_in(...)): notes for stg.swap which loads
+this statement takes in, so that they are applied when it is published. Takes the table''s name without schema.';
+
 CREATE FUNCTION stg.merge_pending(table_name text, OUT loads_to_apply bigint, OUT rows bigint)
 LANGUAGE plpgsql
 SET search_path = pg_catalog, pg_temp
@@ -119,16 +151,14 @@ Takes the name without schema; stg.analyze_if_stale belongs after the commit.';
 CREATE FUNCTION stg.union_pending(table_name text, OUT loads_to_apply bigint, OUT rows bigint)
 LANGUAGE plpgsql
 SET search_path = pg_catalog, pg_temp
-SET work_mem = '64MB'
 AS $$
 DECLARE
     shape record;
     loads bigint[];
 BEGIN
-    loads_to_apply := stg.begin_refresh(table_name); -- waits for another refresh
+    loads_to_apply := stg.begin_swap(table_name); -- waits for another refresh
     loads := current_setting('de_dw.loads_to_apply')::bigint[];
     SELECT * INTO shape FROM stg.shape_of(table_name);
-    PERFORM stg.empty_spare(table_name);
     -- Every row of an applied load is in the table, or in its tombstones, or was older than the one that is.
     EXECUTE format(
         'INSERT INTO %1$s (%4$s)
@@ -151,10 +181,7 @@ BEGIN
         END,
         loads
     );
-    INSERT INTO stg.spare_loads (table_name, load_id, finished_at)
-    SELECT union_pending.table_name, l.load_id, l.finished_at FROM raw.loads AS l
-    WHERE l.load_id = ANY (loads)
-    ON CONFLICT DO NOTHING;
+    PERFORM set_config('de_dw.taken_in', format('%s %s', table_name, loads), true);
     rows := stg.swap(table_name);
 END
 $$;
@@ -274,28 +301,24 @@ COMMENT ON FUNCTION stg.loads_until(text, bigint) IS
 CREATE FUNCTION stg.rebuild_as_of(table_name text, load_id bigint) RETURNS bigint
 LANGUAGE plpgsql
 SET search_path = pg_catalog, pg_temp
-SET work_mem = '64MB'
-SET de_dw.allow_fewer_rows = 'yes' -- there were fewer then
 AS $$
 DECLARE
     shape record;
     loads bigint[] := ARRAY(SELECT stg.loads_until(table_name, rebuild_as_of.load_id));
     published bigint;
 BEGIN
-    PERFORM stg.begin_refresh(table_name); -- waits for another refresh
+    PERFORM stg.begin_swap(table_name); -- waits for another refresh
     SELECT * INTO shape FROM stg.shape_of(table_name);
-    PERFORM stg.empty_spare(table_name);
     EXECUTE format(
         'INSERT INTO stg.%1$I (%3$s)
         SELECT DISTINCT ON (%2$s) %3$s FROM %4$s WHERE load_id = ANY (%5$L::bigint[])
         ORDER BY %2$s, updated_at DESC, row_id DESC',
         table_name || '_spare', shape.key_list, shape.column_list, shape.source, loads
     );
-    INSERT INTO stg.spare_loads (table_name, load_id, finished_at)
-    SELECT rebuild_as_of.table_name, l.load_id, l.finished_at FROM raw.loads AS l
-    WHERE l.load_id = ANY (loads)
-    ON CONFLICT DO NOTHING;
+    PERFORM set_config('de_dw.taken_in', format('%s %s', table_name, loads), true);
+    PERFORM set_config('de_dw.allow_fewer_rows', 'yes', true); -- there were fewer then
     published := stg.swap(table_name);
+    PERFORM set_config('de_dw.allow_fewer_rows', '', true);
     PERFORM stg.forget_applied(table_name, loads);
     RETURN published;
 END
@@ -317,6 +340,8 @@ COMMENT ON FUNCTION stg.forget_applied(text, bigint[]) IS
 
 REVOKE EXECUTE ON FUNCTION
 stg.shape_of(text),
+stg.begin_swap(text),
+stg.takes_in(text),
 stg.merge_pending(text),
 stg.union_pending(text),
 stg.verify(text),
@@ -332,6 +357,8 @@ stg.as_of_load(anyelement, bigint),
 stg.loads_until(text, bigint)
 TO de_dw_pipeline, de_dw_reader;
 GRANT EXECUTE ON FUNCTION
+stg.begin_swap(text),
+stg.takes_in(text),
 stg.merge_pending(text),
 stg.union_pending(text),
 stg.rebuild_as_of(text, bigint),
@@ -390,6 +417,8 @@ DECLARE
     deleted_rows bigint := 0; -- tombstones as they were, and
     spare_deleted_rows bigint := 0; -- as they will be
     shape record;
+    taken_in text := current_setting('de_dw.taken_in', true); -- table and loads
+    loads bigint[];
     next_version bigint;
     index_name text; -- of the live table
     spare_index_name text;
@@ -404,6 +433,15 @@ BEGIN
             USING ERRCODE = 'object_not_in_prerequisite_state',
                   HINT = 'What is in it is older than what is published. Run a script of sql/transforms/ as a whole.';
     END IF;
+    IF starts_with(taken_in, table_name || ' ') IS NOT TRUE THEN
+        RAISE EXCEPTION 'the statement that filled the spare of % does not say which loads it took in', parent
+            USING ERRCODE = 'object_not_in_prerequisite_state',
+                  HINT = format('Its condition is: WHERE (SELECT stg.takes_in(%L))', table_name);
+    END IF;
+    loads := substr(taken_in, length(table_name) + 2)::bigint[];
+    -- Loads that were committed since stg.begin_refresh are among them.
+    PERFORM ops.assert_checked(table_name, loads);
+
     SELECT * INTO shape FROM stg.shape_of(table_name);
     IF shape.tombstone IS NOT NULL THEN
         -- A key whose latest version is a tombstone is not published, but remembered.
@@ -483,9 +521,10 @@ BEGIN
     WHERE v.table_name = swap.table_name
     RETURNING v.version INTO STRICT next_version;
     INSERT INTO stg.applied_loads (table_name, load_id, finished_at)
-    SELECT s.table_name, s.load_id, s.finished_at FROM stg.spare_loads AS s
-    WHERE s.table_name = swap.table_name
+    SELECT swap.table_name, l.load_id, l.finished_at FROM raw.loads AS l
+    WHERE l.load_id = ANY (loads)
     ON CONFLICT DO NOTHING;
+    PERFORM set_config('de_dw.taken_in', '', true);
     EXECUTE format(
         'ALTER TYPE stg.%I RENAME TO %I', table_name || '_v' || (next_version - 1), table_name || '_v' || next_version
     );
@@ -497,3 +536,64 @@ COMMENT ON FUNCTION stg.swap(text) IS
 'Publishes the spare of a staging table in place of its live table, and returns the number of rows. Takes the table''s
 name without schema, in the transaction that emptied the spare (stg.empty_spare) and filled it; error 55P03 names who
 had it in use for a minute, or for what the setting de_dw.swap_patience says.';
+
+CREATE OR REPLACE FUNCTION stg.empty_spare(table_name text) RETURNS void
+LANGUAGE plpgsql
+SET search_path = pg_catalog, pg_temp
+SET lock_timeout = '1min' -- a dump of the database reads the spare as well
+AS $$
+DECLARE
+    parent regclass := format('stg.%I', table_name);
+    live regclass := format('stg.%I', table_name || '_live');
+    spare regclass := format('stg.%I', table_name || '_spare');
+    dependents text;
+    name text;
+BEGIN
+    -- Who comes here without stg.begin_refresh, or although it failed, must not fill the spare beside a merge.
+    PERFORM pg_advisory_xact_lock(hashtextextended('refresh stg.' || table_name, 0));
+
+    -- Views, functions, policies and publications stay with the table that they were made on, which is the spare after
+    -- the next swap; and no table can be detached that a foreign key looks into.
+    SELECT string_agg(DISTINCT d.what, ', ') INTO dependents
+    FROM (
+        SELECT 'view ' || r.ev_class::regclass::text AS what
+        FROM pg_depend AS p
+        INNER JOIN pg_rewrite AS r ON p.objid = r.oid
+        WHERE p.classid = 'pg_rewrite'::regclass AND p.refclassid = 'pg_class'::regclass
+            AND p.refobjid IN (live, spare)
+        UNION ALL
+        SELECT pg_describe_object(p.classid, p.objid, p.objsubid)
+        FROM pg_depend AS p
+        WHERE p.refclassid = 'pg_class'::regclass AND p.refobjid IN (live, spare)
+            AND (p.classid IN ('pg_proc'::regclass, 'pg_publication_rel'::regclass)
+                OR p.classid = 'pg_policy'::regclass AND p.deptype = 'n')
+        UNION ALL
+        SELECT format('foreign key %I of %s', c.conname, c.conrelid::regclass)
+        FROM pg_constraint AS c
+        WHERE c.contype = 'f' AND c.confrelid IN (parent, live, spare) AND c.conparentid = 0
+    ) AS d;
+    IF dependents IS NOT NULL THEN
+        RAISE EXCEPTION 'a swap exchanges the tables behind %, but on one of them there is: %', parent, dependents
+            USING ERRCODE = 'dependent_objects_still_exist',
+                  HINT = format('Drop it. Whatever reads belongs on %s, foreign keys to it are not possible.', parent);
+    END IF;
+
+    EXECUTE format('TRUNCATE %s', spare);
+    PERFORM set_config('de_dw.taken_in', '', true);
+    UPDATE stg.table_versions AS v SET spare_emptied_by = pg_current_xact_id()
+    WHERE v.table_name = empty_spare.table_name;
+    FOR name IN
+        SELECT c.conname FROM pg_constraint AS c WHERE c.conrelid = spare AND c.contype IN ('p', 'u', 'x')
+    LOOP
+        EXECUTE format('ALTER TABLE %s DROP CONSTRAINT %I', spare, name);
+    END LOOP;
+    FOR name IN
+        SELECT c.relname FROM pg_index AS i INNER JOIN pg_class AS c ON i.indexrelid = c.oid WHERE i.indrelid = spare
+    LOOP
+        EXECUTE format('DROP INDEX stg.%I', name);
+    END LOOP;
+END
+$$;
+
+-- What a swap takes in is in a setting of its transaction now.
+DROP TABLE stg.spare_loads;

@@ -20,10 +20,14 @@ DECLARE
     ];
     local text[] := ARRAY[ -- on the coordinator: one row per load or per bad record, and keys that are not by order_id
         'ops.check_results',
+        'raw.customers', -- small: a dataset that is not needs what orders has, by its own key
+        'raw.customers_rejects',
         'raw.loads',
         'raw.orders_rejects',
         'stg.applied_loads',
-        'stg.spare_loads',
+        'stg.customers_latest',
+        'stg.customers_latest_live',
+        'stg.customers_latest_spare',
         'stg.table_versions'
     ];
     citus_version text := (SELECT e.extversion FROM pg_extension AS e WHERE e.extname = 'citus');

@@ -338,7 +338,7 @@ def test_refresh_of_the_dag_refuses_a_load_that_came_after_the_checks(applied: W
 
 
 def test_load_that_is_committed_while_a_swap_begins_is_not_swapped_in_unchecked(applied: Warehouse) -> None:
-    begin, fill = script_of(SWAP).split("SELECT stg.empty_spare('orders_latest');")
+    begin, fill = script_of(SWAP).split("INSERT INTO")
     applied.given("raw.orders", NOW)
     check(applied)
 
@@ -347,7 +347,7 @@ def test_load_that_is_committed_while_a_swap_begins_is_not_swapped_in_unchecked(
         conn.execute(begin.encode())
         applied.given("raw.orders", LATE)
         with pytest.raises(psycopg.errors.ObjectNotInPrerequisiteState, match="never checked: load 3"):
-            conn.execute(f"SELECT stg.empty_spare('orders_latest');{fill}".encode())
+            conn.execute(f"INSERT INTO{fill}".encode())
 
     assert applied.rows("SELECT order_id FROM stg.orders_latest") == [(1,)]
 

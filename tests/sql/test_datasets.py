@@ -19,12 +19,10 @@ THINGS = """
 """
 SWAP = """
     BEGIN;
-    SELECT stg.begin_refresh('things_latest') AS loads_to_apply;
-    SELECT stg.empty_spare('things_latest');
-    INSERT INTO stg.spare_loads (table_name, load_id, finished_at)
-    SELECT 'things_latest', load_id, finished_at FROM raw.loads WHERE table_name = 'raw.things';
+    SELECT stg.begin_swap('things_latest');
     INSERT INTO stg.things_latest_spare
-    SELECT DISTINCT ON (shop, thing_id) * FROM raw.things ORDER BY shop, thing_id, updated_at DESC, row_id DESC;
+    SELECT DISTINCT ON (shop, thing_id) * FROM raw.things WHERE (SELECT stg.takes_in('things_latest'))
+    ORDER BY shop, thing_id, updated_at DESC, row_id DESC;
     SELECT stg.swap('things_latest');
     COMMIT
 """

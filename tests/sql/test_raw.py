@@ -6,7 +6,7 @@ from psycopg import errors
 
 from tests.warehouse import Warehouse
 
-TABLES = ("raw.orders", "raw.orders_rejects", "raw.loads")
+TABLES = ("raw.orders", "raw.orders_rejects", "raw.customers", "raw.customers_rejects", "raw.loads")
 LOAD = (
     "INSERT INTO raw.loads (table_name, batch_id, source, sha256, bytes, rows)"
     " VALUES ('raw.orders', %s, 'a.csv', repeat(%s, 64), 1, %s)"

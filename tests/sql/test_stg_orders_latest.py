@@ -359,7 +359,7 @@ def test_refresh_with_fewer_rows_than_before_is_refused(warehouse: Warehouse) ->
     warehouse.run("stg.orders_latest")
 
     with warehouse.connect() as conn:
-        conn.execute("TRUNCATE stg.orders_latest_spare")
+        conn.execute("SELECT stg.begin_swap('orders_latest'), stg.takes_in('orders_latest')")
         with pytest.raises(errors.RaiseException, match="refusing to publish 0 rows in place of the 2 rows"):
             conn.execute("SELECT stg.swap('orders_latest')")
 
