@@ -4,7 +4,7 @@
     sql/checks/stg.TABLE.NAME.SEVERITY.sql      asked of this one
 
 A check is one SELECT: no row is good. It sees all of the warehouse as the pipeline role; the loads that are about to
-be taken in are a bigint[] in the setting de_dw.loads_to_apply, as in the transforms. Severity `fail` stops the refresh,
+be taken in are a bigint[] in the setting de_dw.loads_to_apply, and de_dw.table names the staging table. Severity `fail` stops the refresh,
 `warn` does not. What a constraint of the raw table can say needs no check: it stops a record at the door.
 """
 
@@ -136,7 +136,7 @@ def check_pending(
         cur.execute("SELECT stg.begin_refresh(%s)", (table,))
         cur.execute("SELECT current_setting('de_dw.loads_to_apply')::bigint[]")
         (loads,) = cur.fetchone() or ([],)
-        results = [_ask(cur, check, loads, accept) for check in checks] if loads else []
+        results = [_ask(cur, table, check, loads, accept) for check in checks] if loads else []
         for result in results:
             examples = f"[{', '.join(result.examples)}]"
             kept = (batch_id, loads, result.offending, examples, result.is_accepted)
@@ -144,12 +144,13 @@ def check_pending(
     return loads, results
 
 
-def _ask(cur: Cursor[Any], check: Check, loads: list[int], accept: Collection[str]) -> Result:
+def _ask(cur: Cursor[Any], table: str, check: Check, loads: list[int], accept: Collection[str]) -> Result:
     try:
         query = check.path.read_text(encoding="utf-8-sig").rstrip().removesuffix(";")
         with cur.connection.transaction():
             # Each on its own: it can't write, nor change what the next one sees.
             cur.execute("SELECT set_config('de_dw.loads_to_apply', %s::bigint[]::text, true)", (loads,))
+            cur.execute("SELECT set_config('de_dw.table', %s, true)", (table,))
             cur.execute("SET LOCAL transaction_read_only = on")
             cur.execute(ASK.format(query, EXAMPLE_CHARACTERS + 1, EXAMPLES).encode())
             found = cur.fetchall()

@@ -74,9 +74,6 @@ from run_report import (
 from stg_refresh import REFRESHES, cheapest_refresh, refresh_counts, refresh_script
 
 ROOT = Path(__file__).resolve().parents[1]
-DATA = os.environ.get("WAREHOUSE_DATA") or str(ROOT / "data")  # a folder, or a URL such as s3://aws_default@bucket
-# Where files may be loaded from: there, and in other folders or URLs.
-ROOTS = [DATA, *os.environ.get("WAREHOUSE_SOURCES", "").replace(",", " ").split()]
 # Files that one run loads; those after them are the next run's. Airflow's core.max_map_length is 1024.
 FILES = 1_000
 CHECKS = ROOT / "sql" / "checks"
@@ -114,6 +111,12 @@ class Dataset:
     format: Format = field(default_factory=Format)
     schedule: Any = None
     fresh_within: timedelta = timedelta(hours=1)
+
+
+def locations() -> list[str]:
+    """Where files may be loaded from, and first where batches are made: folders, or URLs such as s3://aws_default@bucket."""
+    made = os.environ.get("WAREHOUSE_DATA") or str(ROOT / "data")
+    return [made.rstrip("/") or "/", *os.environ.get("WAREHOUSE_SOURCES", "").replace(",", " ").split()]
 
 
 def batch_time(dag_run: Any) -> datetime:
@@ -197,6 +200,7 @@ def batch_dag(dataset: Dataset, doc: str | None = None) -> None:
     name, latest_name = dataset.name, f"{dataset.name}_latest"
     raw, latest = Asset(f"raw.{name}", group="warehouse"), Asset(f"stg.{latest_name}", group="warehouse")
     checks = find_checks(CHECKS, latest_name)
+    roots = locations()
     shown = SHARED | {"tags": ["warehouse", name], "owner_links": {"warehouse": ui_url("plugin/warehouse")}}
 
     @dag(
@@ -222,7 +226,7 @@ def batch_dag(dataset: Dataset, doc: str | None = None) -> None:
             from generator import generator_of  # NumPy and Faker: not for every parse of this file
 
             started = time.monotonic()
-            url = f"{DATA.rstrip('/')}/raw/{name}-{quote(dag_run.run_id, safe=':+')}.csv"
+            url = f"{roots[0]}/raw/{name}-{quote(dag_run.run_id, safe=':+')}.csv"
             assert dataset.generated  # noqa: S101 # else there is no such task
             size = dataset.generate(
                 stored(url), rows=params["rows"], seed=params["seed"], updated_at=batch_time(dag_run)
@@ -239,9 +243,10 @@ def batch_dag(dataset: Dataset, doc: str | None = None) -> None:
         def find(made: Any = None, params: Any = None, dag_run: Any = None, ti: Any = None) -> list[dict[str, Any]]:
             """List the files of `source` in the order of their names, without those that the ledger knows."""
             if not params["source"]:
+                ti.xcom_push("summary", f"{made}, made by this run")
                 return [{"url": made, "name": dag_run.run_id}]
             source = params["source"].replace("{date}", f"{batch_time(dag_run):%Y-%m-%d}")
-            files = find_files(source, roots=ROOTS, open_path=stored)
+            files = find_files(source, roots=roots, open_path=stored)
             with PostgresHook("de_dw").get_conn() as conn:
                 new, known = new_files(conn, raw.name, files)
             report_found(ti, source, new, known, FILES)
@@ -268,7 +273,7 @@ def batch_dag(dataset: Dataset, doc: str | None = None) -> None:
                         conn,
                         table=raw.name,
                         batch_id=file["name"],
-                        path=stored(file["url"]) if is_made else open_file(file["url"], roots=ROOTS, open_path=stored),
+                        path=stored(file["url"]) if is_made else open_file(file["url"], roots=roots, open_path=stored),
                         updated_at=batch_time(dag_run) if is_made or "updated_at" in dataset.format.optional else None,
                         max_rejects=params["max_rejects"],
                         load_again=params["load_again"],

@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from generator import datasets, generator_of
+
 INTERRUPTED = 130  # 128 + SIGINT, as a shell reports a command that Ctrl-C ended
 
 
@@ -62,27 +64,27 @@ def main() -> int:
     """Return the exit status: 0, 1 when the file can't be written, 2 for a bad argument, 130 after Ctrl-C."""
     parser = argparse.ArgumentParser(
         prog="python -m generator",
-        description="Write a batch of made-up orders as CSV. Same rows, seed and instant: same bytes.",
+        description="Write a batch of made-up rows as CSV. Same rows, seed and instant: same bytes.",
     )
-    parser.add_argument("--rows", type=whole_number, default=100, help="number of orders (default: %(default)s)")
+    parser.add_argument("--dataset", choices=datasets(), default="orders", help="what it is of (default: %(default)s)")
+    parser.add_argument("--rows", type=whole_number, default=100, help="number of keys (default: %(default)s)")
     parser.add_argument(
         "--out",
         type=place,
-        default=Path("data/raw/orders.csv"),
-        help="file or URL (s3://bucket/orders.csv) to write; replaced only by a whole one (default: %(default)s)",
+        help="file or URL (s3://bucket/orders.csv) to write; replaced only by a whole one "
+        "(default: data/raw/DATASET.csv)",
     )
-    parser.add_argument(
-        "--seed", type=whole_number, default=0, help="another seed makes other orders (default: %(default)s)"
-    )
+    parser.add_argument("--seed", type=whole_number, default=0, help="another seed makes others (default: %(default)s)")
     parser.add_argument(
         "--updated-at",
         type=instant,
         metavar="TS",
         help="the instant of the batch in ISO 8601; without an offset it is read as UTC; at a later one "
-        "the same orders have moved on (default: now)",
+        "the same have moved on (default: now)",
     )
     options = parser.parse_args()
     rows = options.rows
+    options.out = options.out or Path(f"data/raw/{options.dataset}.csv")
     bar = Progress(
         TextColumn("{task.completed:,.0f} of {task.total:,.0f} rows"),
         BarColumn(),
@@ -94,12 +96,12 @@ def main() -> int:
     )
     try:
         # Only now: NumPy, PyArrow and Faker take half a second to import, and a Ctrl-C in it is a Ctrl-C too.
-        from generator.orders import generate_orders
+        generate = generator_of(options.dataset)
 
         started = time.perf_counter()
         with bar:
             task = bar.add_task("", total=rows)
-            size = generate_orders(
+            size = generate(
                 options.out,
                 rows=rows,
                 updated_at=options.updated_at or datetime.now(UTC),

@@ -15,17 +15,12 @@ The same rows, seed and updated_at make the same bytes on any machine (for one v
 the names), and the first K rows are the same however many follow.
 """
 
-import logging
-import os
 import re
-import secrets
-import time
 import unicodedata
-from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -33,12 +28,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from faker import Faker
 
-log = logging.getLogger(__name__)
+from generator.files import EPOCH, Progress, StoredPath, check, field, save, write_lines
 
 Integers = npt.NDArray[np.int64]
-
-# How often a long run says in the log how far it is.
-PROGRESS_SECONDS = 5.0
 
 COLUMNS = (
     "order_id",
@@ -95,97 +87,23 @@ CANCELLED_PERCENT = 5
 MINUTE, HOUR, DAY = 60, 3_600, 86_400  # in seconds, the unit of everything below
 PERIOD_DAYS = 30  # longer than the 26 days that the slowest order takes to be returned
 PERIOD = PERIOD_DAYS * DAY
-EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-YEARS = range(1970, 9_999)  # a month earlier or an offset later is then still a date that Python can hold
 
-BLOCK_ROWS = 8_192  # 1.3 MB of text: 4k to 32k rows ran equally fast, and more only takes memory
-# One part of an upload. S3 takes 10,000 of them: 160 GB, a billion orders.
-PART_BYTES = 16 * 1024 * 1024
 WORDS_PER_ROW = 4  # of 64 random bits: eight draws of 32 bits for each order
 
 
-class StoredPath(Protocol):
-    """What airflow.sdk.ObjectStoragePath and upath.UPath have: a path in a file system of fsspec.
-
-    As in dags/batch_store.py: the generator runs without that folder on its path.
-    """
-
-    @property
-    def protocol(self) -> str: ...
-    @property
-    def path(self) -> str: ...
-    @property
-    def fs(self) -> Any: ...
-
-
 def generate_orders(
-    path: Path | StoredPath,
-    *,
-    rows: int,
-    updated_at: datetime,
-    seed: int = 0,
-    progress: Callable[[int], None] | None = None,
+    path: Path | StoredPath, *, rows: int, updated_at: datetime, seed: int = 0, progress: Progress = None
 ) -> int:
     """Write orders 1 to `rows` as they stand at `updated_at` to the CSV file `path`; return its bytes.
 
-    The file appears under its name only when it is whole and on disk, an object only when all of its parts
-    are in the store. On any error, Ctrl-C included, an earlier file or object stays as it was and nothing is
-    left beside it (a kill leaves the hidden .part file or the parts of an unfinished upload, and Ctrl-C at times
-    a part that was on its way). A missing
-    folder is made, a missing bucket is not. `progress` is called after every block with the number of rows
-    written so far.
+    Only whole files and objects appear, as `generator.files.save` says; `progress` is called after every block
+    with the number of rows written so far.
 
     Raises ValueError when rows or seed is negative, or updated_at has no offset or is not in the years 1970
-    to 9998; OSError when the file cannot be written or `path` is something else than a file; whatever the
-    client of an object store raises when that can't be reached.
+    to 9998; and as `generator.files.save` does.
     """
-    _check(rows, updated_at, seed)
-    write = partial(write_orders, rows=rows, updated_at=updated_at, seed=seed, progress=progress)
-    if isinstance(path, Path):
-        return _write_file(path, write)
-    if path.protocol in ("", "file", "local"):
-        return _write_file(Path(path.path), write)
-    return _write_object(path, write)
-
-
-def _write_file(path: Path, write: Callable[[BinaryIO], int]) -> int:
-    path = path.resolve()  # replace the file behind a symlink, not the symlink
-    if path.exists() and not path.is_file():
-        raise OSError(f"{path} is not a regular file, so it is not replaced: give the name of a file")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # In the same folder, so that it can be renamed; not from tempfile, whose mode is 0600 whatever the umask.
-    part = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
-    try:
-        with part.open("xb") as out:
-            size = write(out)
-            out.flush()
-            os.fsync(out.fileno())
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-    return size
-
-
-def _write_object(path: StoredPath, write: Callable[[BinaryIO], int]) -> int:
-    name = path.fs.unstrip_protocol(path.path)
-    try:
-        out = path.fs.open(path.path, "wb", autocommit=False, block_size=PART_BYTES)
-        try:
-            size = write(out)
-            out.close()  # sends the last part
-            out.commit()
-        except BaseException:
-            # As if all had been sent: close() would send the rest, which to some stores is the end of a whole object.
-            out.forced = True
-            try:
-                out.discard()
-            except Exception as error:  # the one that brought us here is raised
-                log.warning("%s: parts of an unfinished upload stay in the store: %s", name, error)
-            out.close()
-            raise
-    except (FileNotFoundError, PermissionError) as error:  # which name no object
-        raise type(error)(f"{name}: {error}") from error
-    return size
+    check(rows, updated_at, seed)
+    return save(path, partial(write_orders, rows=rows, updated_at=updated_at, seed=seed, progress=progress))
 
 
 def write_orders(
@@ -194,13 +112,13 @@ def write_orders(
     rows: int,
     updated_at: datetime,
     seed: int = 0,
-    progress: Callable[[int], None] | None = None,
+    progress: Progress = None,
 ) -> int:
     """Write what `generate_orders` writes to any binary file-like object; return the number of bytes.
 
     Memory does not grow with `rows`. Raises ValueError as `generate_orders` does, and whatever `out` raises.
     """
-    _check(rows, updated_at, seed)
+    check(rows, updated_at, seed)
     updated_at = updated_at.astimezone(UTC)
     now = (updated_at - EPOCH) // timedelta(seconds=1)
     # A line is its order_id and one piece from each of these pools, joined: no other value is formatted per
@@ -213,12 +131,8 @@ def write_orders(
     # Every row takes the next words of one stream, so neither `rows` nor the block size can change it. Raw
     # words: NumPy promises the streams of its bit generators for good, but not what integers() makes of them.
     stream = np.random.PCG64(seed)
-    header = (",".join(COLUMNS) + "\n").encode()
-    out.write(header)
-    size = len(header)
-    begun = reported = time.monotonic()
-    for start in range(0, rows, BLOCK_ROWS):
-        n = min(BLOCK_ROWS, rows - start)
+
+    def lines(start: int, n: int) -> pa.Array:
         words = stream.random_raw((n, WORDS_PER_ROW)).astype("<u8", copy=False)
         draws = words.view("<u4").T.astype(np.int64, order="C")
         customer, product, quantity, phase, *durations = draws
@@ -227,7 +141,7 @@ def write_orders(
         age = (now - phase) % PERIOD
         ordered_at = now - age
         state = _status(age, *durations) * len(days) + now // DAY - ordered_at // DAY
-        lines = pc.binary_join_element_wise(
+        return pc.binary_join_element_wise(
             pc.cast(pa.array(np.arange(start + 1, start + n + 1)), pa.string()),
             customers.take(pa.array(customer)),
             goods.take(pa.array(item * MAX_QUANTITY + QUANTITIES[quantity % len(QUANTITIES)] - 1)),
@@ -236,29 +150,8 @@ def write_orders(
             line_end,
             "",
         )
-        block = pa.ListArray.from_arrays(pa.array([0, n], pa.int32()), lines)
-        text = pc.binary_join(block, "")[0].as_buffer()
-        out.write(text)
-        size += len(text)
-        if progress is not None:
-            progress(start + n)
-        at = time.monotonic()
-        if at - reported >= PROGRESS_SECONDS:
-            reported = at
-            speed = size / 1e6 / (at - begun)
-            log.info("%s of %s rows, %.0f MB, %.0f MB/s", f"{start + n:,}", f"{rows:,}", size / 1e6, speed)
-    return size
 
-
-def _check(rows: int, updated_at: datetime, seed: int) -> None:
-    if rows < 0:
-        raise ValueError(f"rows is {rows}: give 0 (only a header) or more")
-    if seed < 0:
-        raise ValueError(f"seed is {seed}: give 0 or more")
-    if updated_at.utcoffset() is None:
-        raise ValueError(f"updated_at {updated_at} has no offset: give an instant, such as datetime.now(UTC)")
-    if updated_at.year not in YEARS:
-        raise ValueError(f"updated_at {updated_at} is too far off: give a year from {YEARS[0]} to {YEARS[-1]}")
+    return write_lines(out, COLUMNS, lines, rows, progress)
 
 
 def _status(age: Integers, to_paid: Integers, to_shipped: Integers, to_delivered: Integers, fate: Integers) -> Integers:
@@ -274,16 +167,22 @@ def _status(age: Integers, to_paid: Integers, to_shipped: Integers, to_delivered
     return np.where((steps > 0) & (percent >= 100 - CANCELLED_PERCENT), CANCELLED, steps)
 
 
+def people(seed: int) -> list[tuple[str, str]]:
+    """Name and mailbox of each customer; the number of one modulo that of LOCALES is the locale."""
+    fakers = [Faker(locale, providers=["faker.providers.person"]) for locale, _, _ in LOCALES]
+    for faker in fakers:
+        faker.seed_instance(seed)
+    names = [fakers[number % len(LOCALES)].name() for number in range(len(LOCALES) * CUSTOMERS_PER_LOCALE)]
+    return [(name, f"{_mailbox(name)}.{number}") for number, name in enumerate(names)]
+
+
 @lru_cache(maxsize=1)  # for a process that makes one batch after another
 def _pools(seed: int) -> tuple[pa.Array, pa.Array, pa.Array]:
     """Return as CSV text: customers; goods by locale, product and quantity; the seconds of a day."""
-    people = [Faker(locale, providers=["faker.providers.person"]) for locale, _, _ in LOCALES]
-    for faker in people:
-        faker.seed_instance(seed)
-    customers = []
-    for number in range(len(LOCALES) * CUSTOMERS_PER_LOCALE):
-        name = people[number % len(LOCALES)].name()  # so that customer modulo locales is the locale
-        customers.append(f",{_field(name)},{_mailbox(name)}.{number}@{MAIL_DOMAINS[number % len(MAIL_DOMAINS)]},")
+    customers = [
+        f",{field(name)},{mailbox}@{MAIL_DOMAINS[number % len(MAIL_DOMAINS)]},"
+        for number, (name, mailbox) in enumerate(people(seed))
+    ]
 
     shop = Faker("en_US", providers=["faker.providers.person", "faker.providers.color"])
     shop.seed_instance(seed)
@@ -291,7 +190,7 @@ def _pools(seed: int) -> tuple[pa.Array, pa.Array, pa.Array]:
     for pattern, low, high in PRODUCTS:
         for _ in range(BRANDS_PER_PRODUCT):
             what = pattern.format(colour=shop.safe_color_name(), inches=shop.random_int(15, 34))
-            catalogue.append((_field(f"{shop.unique.last_name()} {what}"), shop.random_int(low, high)))
+            catalogue.append((field(f"{shop.unique.last_name()} {what}"), shop.random_int(low, high)))
     goods = [
         f"{product},{quantity},{_price(euros, rate)},{currency},"
         for _, currency, rate in LOCALES
@@ -300,11 +199,6 @@ def _pools(seed: int) -> tuple[pa.Array, pa.Array, pa.Array]:
     ]
     clock = [f"{s // HOUR:02}:{s // MINUTE % 60:02}:{s % MINUTE:02}" for s in range(DAY)]
     return pa.array(customers), pa.array(goods), pa.array(clock)
-
-
-def _field(text: str) -> str:
-    """Quote as RFC 4180 says, and only where it must be."""
-    return '"' + text.replace('"', '""') + '"' if re.search('[",\r\n]', text) else text
 
 
 def _mailbox(name: str) -> str:

@@ -214,11 +214,11 @@ class Warehouse:
 
 def script_of(transform: str) -> str:
     """What is in sql/transforms/<transform>.sql; of stg.<table>.merge and .union what Airflow runs."""
-    _, table, *kind = transform.split(".")
+    _, table, kind = f"{transform}.".split(".")[:3]
     if kind:
         from stg_refresh import refresh_script
 
-        return refresh_script(*kind, table)
+        return refresh_script(kind, table)
     return (TRANSFORMS / f"{transform}.sql").read_text()
 
 

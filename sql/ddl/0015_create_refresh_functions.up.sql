@@ -381,6 +381,7 @@ BEGIN
         'SELECT row_to_json(k), v.updated_at, v.load_id, v.row_id
         FROM %s AS v CROSS JOIN LATERAL (SELECT %s) AS k
         WHERE v.load_id = ANY (%L::bigint[]) AND v.updated_at > %L
+        ORDER BY v.updated_at DESC
         LIMIT %s',
         shape.source,
         shape.key_list,
@@ -391,8 +392,8 @@ BEGIN
 END
 $$;
 COMMENT ON FUNCTION ops.pending_versions(timestamptz, bigint) IS
-'Some of the versions with a newer updated_at that the loads bring which the setting de_dw.loads_to_apply names, of the
-staging table that de_dw.table names: key, updated_at, load_id, row_id. For checks, which have both settings.';
+'The newest versions that the loads bring which the setting de_dw.loads_to_apply names, of the staging table that
+de_dw.table names: of those newer than an instant so many, the newest first. For checks, which have both settings.';
 REVOKE EXECUTE ON FUNCTION ops.pending_versions(timestamptz, bigint) FROM public;
 GRANT EXECUTE ON FUNCTION ops.pending_versions(timestamptz, bigint) TO de_dw_pipeline, de_dw_reader;
 

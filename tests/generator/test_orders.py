@@ -18,7 +18,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from generator import orders
-from generator.orders import BLOCK_ROWS, generate_orders, write_orders
+from generator.files import BLOCK_ROWS
+from generator.orders import generate_orders, write_orders
 
 REPOSITORY = Path(__file__).parents[2]
 NOON = datetime(2026, 11, 25, 12, 0, 0, 123456, tzinfo=UTC)

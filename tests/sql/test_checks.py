@@ -134,7 +134,7 @@ def test_constraint_refuses_the_future_and_the_check_finds_what_came_before_it(a
     result = check(applied)["no_future_updated_at"]
 
     assert (result.outcome, result.offending) == ("failed", 1)
-    assert json.loads(result.examples[0])["order_id"] == 7
+    assert json.loads(result.examples[0])["key"]["order_id"] == 7
 
 
 def test_only_what_is_pending_is_checked(applied: Warehouse) -> None:

@@ -56,7 +56,9 @@ def verified(warehouse: Warehouse) -> tuple[int, ...]:
 def test_newest_version_of_a_key_of_two_columns_is_published(things: Warehouse, refresh: str) -> None:
     things.given("raw.things", "shop | thing_id | price | updated_at\na | 1 | 1.0 | 2026-01-02\na | 2 | 2 | 2026-01-01")
     refresh_by(things, refresh)
-    things.given("raw.things", "shop | thing_id | price | updated_at\na | 1 | 9 | 2026-01-01\nb | 1 | 3.00 | 2026-01-01")
+    things.given(
+        "raw.things", "shop | thing_id | price | updated_at\na | 1 | 9 | 2026-01-01\nb | 1 | 3.00 | 2026-01-01"
+    )
 
     refresh_by(things, refresh)
 
@@ -66,9 +68,7 @@ def test_newest_version_of_a_key_of_two_columns_is_published(things: Warehouse, 
 
 @by_every_refresh
 def test_tombstone_removes_its_key_and_an_older_version_does_not_bring_it_back(things: Warehouse, refresh: str) -> None:
-    things.given(
-        "raw.things", "shop | thing_id | price | updated_at\na | 1 | 1 | 2026-01-01\na | 2 | 2 | 2026-01-01"
-    )
+    things.given("raw.things", "shop | thing_id | price | updated_at\na | 1 | 1 | 2026-01-01\na | 2 | 2 | 2026-01-01")
     refresh_by(things, refresh)
     things.given("raw.things", "shop | thing_id | is_deleted | updated_at\na | 1 | true | 2026-01-03")
     refresh_by(things, refresh)
@@ -88,7 +88,8 @@ def test_newer_version_than_the_tombstone_brings_the_key_back(things: Warehouse,
     things.given("raw.things", "shop | thing_id | is_deleted | updated_at\na | 1 | true | 2026-01-03")
     refresh_by(things, refresh)
     things.given(
-        "raw.things", "shop | thing_id | is_deleted | price | updated_at\na | 1 | false | 5 | 2026-01-04\na | 1 | NULL | 6 | 2026-01-05"
+        "raw.things",
+        "shop | thing_id | is_deleted | price | updated_at\na | 1 | false | 5 | 2026-01-04\na | 1 | NULL | 6 | 2026-01-05",
     )
 
     refresh_by(things, refresh)
@@ -160,9 +161,7 @@ def test_every_kind_makes_the_same_rows_of_a_long_history(things: Warehouse) -> 
         ("INSERT INTO stg.things_latest_live SELECT * FROM stg.things_latest_deleted; DELETE FROM stg.things_latest_deleted", (0, 0, 1, 2)),
     ],
 )  # fmt: skip
-def test_verification_finds_what_somebody_else_changed(
-    things: Warehouse, change: str, found: tuple[int, ...]
-) -> None:
+def test_verification_finds_what_somebody_else_changed(things: Warehouse, change: str, found: tuple[int, ...]) -> None:
     things.given(
         "raw.things",
         "shop | thing_id | price | is_deleted | updated_at\na | 1 | 1 | true | 2026-01-01\na | 2 | 2 | NULL | 2026-01-01",
@@ -226,7 +225,8 @@ def test_dataset_is_made_like_orders(warehouse: Warehouse, kind: str) -> None:
         tables = ", ".join(f"'{name.format(dataset)}'::regclass" for name in names)
         rows = warehouse.rows(what.format(tables), OWNER)
         found[dataset] = sorted(
-            str(row).replace(" NOT VALID", "").replace(dataset, "X").replace(dataset[:-1] + "_id", "X_id") for row in rows
+            str(row).replace(" NOT VALID", "").replace(dataset, "X").replace(dataset[:-1] + "_id", "X_id")
+            for row in rows
         )
 
     assert found["customers"] == found["orders"] != []
