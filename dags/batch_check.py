@@ -4,8 +4,9 @@
     sql/checks/stg.TABLE.NAME.SEVERITY.sql      asked of this one
 
 A check is one SELECT: no row is good. It sees all of the warehouse as the pipeline role; the loads that are about to
-be taken in are a bigint[] in the setting de_dw.loads_to_apply, and de_dw.table names the staging table. Severity `fail` stops the refresh,
-`warn` does not. What a constraint of the raw table can say needs no check: it stops a record at the door.
+be taken in are a bigint[] in the setting de_dw.loads_to_apply, and de_dw.table names the staging table. Severity `fail`
+stops the refresh, `warn` does not. What a constraint of the raw table can say needs no check: it stops a record at the
+door.
 """
 
 import json

@@ -1,11 +1,11 @@
 """
-`generate_batch` writes a CSV file, or `source` names some ──> `find_files` ──> `load_raw` (COPY FROM STDIN, one for each
+`generate_batch` writes a CSV file, or `source` names some ──> `find_files` ──> `load_raw` (COPY FROM STDIN, for each
 file) ──> **raw.{name}** ──> `check_batch` ──> `choose_refresh` ──> one of three refreshes (DISTINCT ON) ──>
 **stg.{name}_latest**
 
 | task | does | may run again, because |
 |---|---|---|
-| `generate_batch` | writes the run's CSV file, unless the run has a `source` | a run's timestamp and seed make the same bytes |
+| `generate_batch` | writes the run's CSV file, if it has no `source` | a run's timestamp and seed make the same bytes |
 | `find_files` | lists what `source` names, without the files that the ledger knows | it changes nothing |
 | `load_raw` | brings a file to `raw.{name}`, with a row in `raw.loads` | what the ledger has is not loaded again |
 | `report_files` | is red when a file was refused, and says which and why | it changes nothing |
@@ -71,7 +71,7 @@ from run_report import (
     ui_url,
     without_deadline_in_tests,
 )
-from stg_refresh import REFRESHES, cheapest_refresh, refresh_counts, refresh_script
+from stg_refresh import MERGE, REFRESHES, UNION, cheapest_refresh, refresh_counts, refresh_script
 
 ROOT = Path(__file__).resolve().parents[1]
 # Files that one run loads; those after them are the next run's. Airflow's core.max_map_length is 1024.
@@ -223,11 +223,10 @@ def batch_dag(dataset: Dataset, doc: str | None = None) -> None:
             """Write the run's CSV file. The same run makes the same bytes."""
             if params["source"]:
                 raise AirflowSkipException(f"the run has a source: {params['source']}")
-            from generator import generator_of  # NumPy and Faker: not for every parse of this file
 
             started = time.monotonic()
             url = f"{roots[0]}/raw/{name}-{quote(dag_run.run_id, safe=':+')}.csv"
-            assert dataset.generated  # noqa: S101 # else there is no such task
+            assert dataset.generated  # else there is no such task
             size = dataset.generate(
                 stored(url), rows=params["rows"], seed=params["seed"], updated_at=batch_time(dag_run)
             )
@@ -265,7 +264,7 @@ def batch_dag(dataset: Dataset, doc: str | None = None) -> None:
             file: Any, params: Any = None, dag_run: Any = None, ti: Any = None, outlet_events: Any = None
         ) -> dict[str, Any]:
             """COPY a file into the raw table, exactly once: its rows and its row in raw.loads commit together."""
-            get_current_context()["file_name"] = file["name"]  # type: ignore[literal-required]
+            get_current_context()["file_name"] = file["name"]  # type: ignore[typeddict-unknown-key]
             is_made = not params["source"]
             try:
                 with PostgresHook("de_dw").get_conn() as conn:
@@ -277,7 +276,7 @@ def batch_dag(dataset: Dataset, doc: str | None = None) -> None:
                         updated_at=batch_time(dag_run) if is_made or "updated_at" in dataset.format.optional else None,
                         max_rejects=params["max_rejects"],
                         load_again=params["load_again"],
-                        format=Format() if is_made else dataset.format,
+                        file_format=Format() if is_made else dataset.format,
                     )
             except BatchError as error:
                 ti.xcom_push("refused", f"{file['name']}: {error}")
@@ -310,14 +309,15 @@ def batch_dag(dataset: Dataset, doc: str | None = None) -> None:
             return f"{refresh.kind}_latest"
 
         chosen = choose_refresh()
-        for kind, (when, doc_md) in REFRESHES.items():
+        docs = {"swap": first_comment(SCRIPTS / f"stg.{latest_name}.sql"), "union": UNION, "merge": MERGE}
+        for kind, when in REFRESHES.items():
             script = refresh_script(kind, latest_name)
             (
                 chosen
                 >> Label(when)
                 >> SQLExecuteQueryOperator(
                     task_id=f"{kind}_latest",
-                    doc_md=doc_md or first_comment(SCRIPTS / f"stg.{latest_name}.sql"),
+                    doc_md=docs[kind],
                     conn_id="de_dw",
                     # A part of the script, so that psql runs it without: refuse what check_batch has not looked at.
                     sql=("SET de_dw.refresh_only = 'checked';\n" if checks else "") + script,
@@ -341,7 +341,7 @@ def batch_dag(dataset: Dataset, doc: str | None = None) -> None:
         SQLExecuteQueryOperator(
             task_id="verify_latest",
             conn_id="de_dw",
-            sql=f"SELECT missing, extra, different, compared FROM stg.verify('{latest_name}')",
+            sql=VERIFY.format(latest_name),
             handler=partial(differences, latest.name),
             hook_params={"log_sql": False},
             post_execute=partial(report_verification, table=latest.name),
@@ -350,6 +350,7 @@ def batch_dag(dataset: Dataset, doc: str | None = None) -> None:
     verification()
 
 
+VERIFY = "SELECT missing, extra, different, compared FROM stg.verify('{}')"
 VERIFICATION = """### Prove that stg.{name}_latest is right
 
 `verify_latest` compares every row of `stg.{name}_latest` with a DISTINCT ON over all of `raw.{name}`, byte by byte: it

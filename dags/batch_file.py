@@ -4,13 +4,13 @@ It is a file on disk, or an object of a store such as S3 (batch_store). What is 
 its values may be is PostgreSQL's business (batch_load, batch_rejects).
 """
 
+import codecs
 import csv
 import gzip
 import hashlib
 import io
 import logging
 import os
-import re
 import time
 import zlib
 from bisect import bisect_right
@@ -23,6 +23,7 @@ from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 import numpy as np
+from batch_format import DEFAULT, Dialect, Format
 from batch_store import BatchError, Source, StoredPath, open_source, shown
 from numpy.typing import NDArray
 
@@ -43,10 +44,7 @@ CHUNK_RECORDS = 100_000
 # Only records() looks for that end, and holds what it reads in memory.
 RECORD_BYTES = 1024 * 1024 * 1024
 
-QUOTE = ord('"')
 CR, LF = b"\r\n"
-# By byte: may it stand before the quote that begins a field and after the one that ends it? A doubled quote may.
-BESIDE_A_QUOTE = np.isin(np.arange(256), list(b',\r\n"'))
 BOM = b"\xef\xbb\xbf"
 GZIP = b"\x1f\x8b"
 # How files begin that get delivered under the name .csv without being one.
@@ -54,18 +52,12 @@ NOT_CSV = {
     GZIP: "gzip within gzip: unpack it once",
     b"PK\x03\x04": "a zip archive or an Excel workbook: unpack it, or export it as CSV",
     b"%PDF": "PDF",
-    b"\xff\xfe": "UTF-16 text: convert it to UTF-8",
-    b"\xfe\xff": "UTF-16 text: convert it to UTF-8",
+    b"\xff\xfe": "UTF-16 text: declare the dataset's encoding, or convert it to UTF-8",
+    b"\xfe\xff": "UTF-16 text: declare the dataset's encoding, or convert it to UTF-8",
     b"<": "HTML or XML, perhaps the error page of a download",
     b"{": "JSON",
     b"[": "JSON",
 }
-# The first record, and what ends it: the rest of the file must end its lines in the same way.
-FIRST_RECORD = re.compile(rb'((?:[^"\r\n]++|"[^"]*+")*+)(\r\n|\n|\r)')
-# A field as it stands in a record, quotes included.
-FIELD = re.compile(rb'((?:[^",]++|"[^"]*+")*+)(?:,|\Z)')
-QUOTED = re.compile(rb'"[^"]*"')
-
 STRAY_QUOTE = "a quote inside a field that is not quoted, or one that is not doubled inside a field that is"
 OPEN_QUOTE = "a quoted field that never ends"
 END_OF_DATA = r"a line of just \., the end of the data for PostgreSQL 17 and older"
@@ -88,18 +80,21 @@ class Records:
 
 
 class BatchFile:
-    """A CSV file with a header line, in UTF-8, as it is or packed with gzip: a context manager that closes it.
+    """A CSV file with a header line, as it is or packed with gzip: a context manager that closes it.
 
-    It has the `header` line as received, the `columns` that it names, the `newline` that ends it, and how many
-    `header_lines` it takes; `lines` of the whole file, and its `sha256`, once blocks or records came to their end.
+    It has the `header` line as received, the `names` in it and the `columns` that they stand for, the `newline` that
+    ends it, and how many `header_lines` it takes; `lines` of the whole file, and its `sha256`, once blocks or records
+    came to their end. All text of it is in UTF-8, whatever the file is in.
 
     :param path: only a regular file, or an object.
+    :param file_format: how it is written.
     :raises BatchError: it is missing, empty, cut off, or visibly something else.
     :raises Exception: whatever else the store's client says, such as that the store can't be reached.
     """
 
-    def __init__(self, path: Path | StoredPath) -> None:
+    def __init__(self, path: Path | StoredPath, file_format: Format = DEFAULT) -> None:
         self.path = shown(path)
+        self.format, self.dialect = file_format, file_format.dialect
         self._file = open_source(path)
         try:
             self._state = self._file.opened
@@ -108,7 +103,8 @@ class BatchFile:
             start = self._start()
             self.has_bom = start.startswith(BOM)
             self.header, self.newline = self._first_record(start.removeprefix(BOM))
-            self.columns = self._names()
+            self.names = self._names()
+            self.columns = [file_format.columns.get(name, name) for name in self.names]
         except BaseException:
             self._file.close()
             raise
@@ -123,6 +119,11 @@ class BatchFile:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._file.close()
+
+    @property
+    def version(self) -> str:
+        """What tells the file from another one under its name: the time of its last change, or what the store says."""
+        return str(self._state.version)
 
     @property
     def size(self) -> int:
@@ -148,7 +149,7 @@ class BatchFile:
         """
         self._file.seek(0)
         hashed = _Hashed(self._file)
-        source: Any = gzip.GzipFile(fileobj=hashed) if self.is_gzip else hashed
+        source = self._text_of(hashed)
         started = reported = time.monotonic()
         last, lines = b"", 0
         try:
@@ -224,9 +225,9 @@ class BatchFile:
                 more.append(piece)
             text = np.frombuffer(piece, np.uint8)
             line_ends = np.flatnonzero(text == end)
-            parity = (quotes + np.searchsorted(np.flatnonzero(text == QUOTE), line_ends)) % 2
+            parity = (quotes + np.searchsorted(np.flatnonzero(text == self.dialect.quote_byte), line_ends)) % 2
             stops = line_ends[parity == 0][:1].tolist()
-            found = scan(before + (piece[: stops[0] + 1] if stops else piece), quotes, end)
+            found = scan(before + (piece[: stops[0] + 1] if stops else piece), quotes, end, self.dialect)
             has_stray |= found.has_stray
             has_line_end |= len(line_ends) > 0
             if stops and not has_stray:
@@ -249,7 +250,7 @@ class BatchFile:
         whole = b"".join([data, *more])
         stop = whole.find(end)
         first = whole if stop < 0 else whole[: stop + 1]
-        problem = STRAY_QUOTE if scan(self.newline[-1:] + first, 0, end).has_stray else OPEN_QUOTE
+        problem = STRAY_QUOTE if scan(self.newline[-1:] + first, 0, end, self.dialect).has_stray else OPEN_QUOTE
         record = first.removesuffix(self.newline)
         return Records([record], [line], {0: problem}, int(stop >= 0)), len(first), more
 
@@ -260,11 +261,12 @@ class BatchFile:
         :param at_end: nothing follows it.
         """
         text = np.frombuffer(data, np.uint8)
-        quotes = np.flatnonzero(text == QUOTE)
+        quotes = np.flatnonzero(text == self.dialect.quote_byte)
+        beside_a_quote = self.dialect.beside_a_quote
         line_ends = np.flatnonzero(text == self.newline[-1])
         number = np.arange(len(quotes)) % 2
-        may_begin = (quotes == 0) | BESIDE_A_QUOTE[text[quotes - 1]]
-        may_end = (quotes == len(data) - 1) | BESIDE_A_QUOTE[text[np.minimum(quotes + 1, len(data) - 1)]]
+        may_begin = (quotes == 0) | beside_a_quote[text[quotes - 1]]
+        may_end = (quotes == len(data) - 1) | beside_a_quote[text[np.minimum(quotes + 1, len(data) - 1)]]
         parity = np.searchsorted(quotes, line_ends) % 2
         # Counted from where a record begins every other quote begins a field, and a line end with an even number of
         # quotes before it ends a record. There are two ways to count, so both are worked out once.
@@ -333,7 +335,7 @@ class BatchFile:
             return END_OF_DATA
         if b"\0" in record:
             return "a NUL byte"
-        outside = QUOTED.sub(b"", record)
+        outside = self.dialect.quoted.sub(b"", record)
         return self._wrong_line_end() if b"\r" in outside or b"\n" in outside else None
 
     def _wrong_line_end(self) -> str:
@@ -344,9 +346,14 @@ class BatchFile:
         if now != self._state:
             raise self._file.changed(self._state.size, now.size)
 
+    def _text_of(self, file: Any) -> Any:
+        """What reads the text of it, unpacked, in UTF-8."""
+        unpacked: Any = gzip.GzipFile(fileobj=file) if self.is_gzip else file
+        return unpacked if self.format.encoding == "utf-8" else _Decoded(unpacked, self.format.encoding, self.path)
+
     def _start(self) -> bytes:
         """The first bytes of the text. Refuses what is visibly not a whole CSV file."""
-        source: Any = gzip.GzipFile(fileobj=self._file) if self.is_gzip else self._file
+        source = self._text_of(self._file)
         try:
             start = bytes(source.read(HEADER_BYTES))
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
@@ -357,7 +364,7 @@ class BatchFile:
         for magic, what in NOT_CSV.items():
             if text.lstrip().startswith(magic):
                 raise BatchError(f"{self.path}: not a CSV file but {what}")
-        if not self.is_gzip:  # of a packed file the end is seen when it is reached
+        if not self.is_gzip and self.format.encoding == "utf-8":  # else the end is seen when it is reached
             self._file.seek(-1, os.SEEK_END)
             if self._file.read(1) not in (b"\n", b"\r"):
                 raise self._cut_off()
@@ -365,18 +372,23 @@ class BatchFile:
 
     def _first_record(self, start: bytes) -> tuple[bytes, bytes]:
         """The header line and the line end behind it."""
-        match = FIRST_RECORD.match(start)
+        match = self.dialect.first_record.match(start)
         if match is None:
-            problem = (
-                "a quote in it is not closed" if b'"' in start else f"no line ends in its first {len(start):,} bytes"
-            )
+            is_open = self.dialect.quote in start
+            problem = "a quote in it is not closed" if is_open else f"no line ends in its first {len(start):,} bytes"
             raise BatchError(f"{self.path}, line 1: the header can't be read: {problem}")
         return match[1], match[2]
 
     def _names(self) -> list[str]:
         text = self.header.decode("utf-8", errors="replace")
         try:
-            return next(csv.reader(io.StringIO(text, newline=""), strict=True), [])
+            reader = csv.reader(
+                io.StringIO(text, newline=""),
+                delimiter=self.format.delimiter,
+                quotechar=self.format.quote,
+                strict=True,
+            )
+            return next(reader, [])
         except csv.Error as error:
             raise BatchError(f"{self.path}, line 1: the header can't be read: {error}") from None
 
@@ -403,7 +415,45 @@ class _Hashed(RawIOBase):
         return data
 
 
-def fields(record: bytes) -> list[bytes]:
+class _Decoded(RawIOBase):
+    """What is read from a file in some encoding, in UTF-8."""
+
+    def __init__(self, file: Any, encoding: str, name: str) -> None:
+        self._file, self._encoding, self._name = file, encoding, name
+        self._decoder = codecs.getincrementaldecoder(encoding)()
+        self._lines = 1
+
+    def readable(self) -> bool:
+        return True
+
+    def read(self, size: int = -1) -> bytes:
+        """About as much: a character that takes one byte in the file may take three."""
+        while True:
+            data = bytes(self._file.read(size))
+            before = self._decoder.getstate()
+            try:
+                text = self._decoder.decode(data, final=not data)
+            except UnicodeError as error:
+                if not isinstance(error, UnicodeDecodeError):  # UTF-16 that does not begin with its mark
+                    raise BatchError(f"{self._name}: {error}. Declare utf-16-le or utf-16-be.") from None
+                self._decoder.setstate(before)
+                kept = len(before[0])  # of the block before, which the error counts in
+                if not data:
+                    raise BatchError(
+                        f"{self._name}: the file ends amid a character of {self._encoding}, so it is cut off or still "
+                        f"being written. Deliver it again."
+                    ) from None
+                good = self._decoder.decode(data[: max(error.start - kept, 0)])
+                raise BatchError(
+                    f"{self._name}, line {self._lines + good.count(chr(10)):,}: not {self._encoding}: {error.reason}. "
+                    f"Nothing was loaded. Is it the encoding that the file is in?"
+                ) from None
+            self._lines += text.count("\n")
+            if text or not data:
+                return text.encode()
+
+
+def fields(record: bytes, dialect: Dialect = DEFAULT.dialect) -> list[bytes]:
     """The fields of a record without stray quotes, as they stand in it, their quotes included.
 
     :raises ValueError: it has one.
@@ -411,7 +461,7 @@ def fields(record: bytes) -> list[bytes]:
     found = []
     position = 0
     while True:
-        match = FIELD.match(record, position)
+        match = dialect.field.match(record, position)
         if match is None:
             raise ValueError("the record has a stray quote")
         found.append(match[1])
@@ -433,7 +483,7 @@ class Scan(NamedTuple):
     has_stray: bool
 
 
-def scan(window: bytes, quotes: int, end: int) -> Scan:
+def scan(window: bytes, quotes: int, end: int, dialect: Dialect = DEFAULT.dialect) -> Scan:
     """Look at a block of text for a quote that neither begins nor ends a field nor is doubled, and count its records.
 
     PostgreSQL begins and ends quoting anywhere in a field: a stray pair vanishes, and what is between two strays, line
@@ -442,14 +492,15 @@ def scan(window: bytes, quotes: int, end: int) -> Scan:
     :param window: the last byte of the block before, then the block.
     :param quotes: number of quotes before the block; after an even number the next one begins a field.
     :param end: the last byte of a line end.
+    :param dialect: delimiter and quote.
     """
     text = np.frombuffer(window, np.uint8)
-    places = np.flatnonzero(text[1:] == QUOTE)  # in the block, so one further in the window
+    places = np.flatnonzero(text[1:] == dialect.quote_byte)  # in the block, so one further in the window
     begins, ends = places[quotes % 2 :: 2], places[1 - quotes % 2 :: 2]
     if len(ends) and ends[-1] + 2 == len(text):
         ends = ends[:-1]  # what is after it is in the next block
-    has_stray = not (BESIDE_A_QUOTE[text[begins]].all() and BESIDE_A_QUOTE[text[ends + 2]].all())
-    if window[:1] == b'"' and quotes % 2 == 0 and not BESIDE_A_QUOTE[text[1]]:
+    has_stray = not (dialect.beside_a_quote[text[begins]].all() and dialect.beside_a_quote[text[ends + 2]].all())
+    if window[:1] == dialect.quote and quotes % 2 == 0 and not dialect.beside_a_quote[text[1]]:
         has_stray = True  # the quote before this block
     line_ends = np.flatnonzero(text[1:] == end)
     if len(places):

@@ -18,11 +18,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from batch_file import BOM, END_OF_DATA, STRAY_QUOTE, BatchFile, scan
+from batch_format import DEFAULT, Format
+from batch_landing import EXTRA_COLUMN, Landing
 from batch_rejects import LOST, Limit, Problem, Table, copy_statement, is_about_data, load_good_records, printable
 from batch_store import BatchError, StoredPath
 from psycopg import Connection, Cursor, Error, Rollback, errors, sql
 from psycopg.pq import TransactionStatus
 from psycopg.rows import tuple_row
+from psycopg.types.json import Jsonb
 
 __all__ = ["BatchError", "Load", "load_batch"]
 
@@ -120,6 +123,7 @@ def load_batch(
     updated_at: datetime | None = None,
     max_rejects: int | str = 0,
     load_again: bool = False,
+    file_format: Format = DEFAULT,
 ) -> Load:
     """COPY a CSV file into a table and record it in raw.loads, in the caller's transaction.
 
@@ -129,12 +133,14 @@ def load_batch(
     :param table: such as "raw.orders". Its columns, but for row_id and load_id, are those that the
         file's header must name, in any order.
     :param batch_id: the batch's name. The same name with the same bytes is a success that loads nothing.
-    :param path: a UTF-8 CSV file with a header line, as it is or packed with gzip. Only read, in blocks of 64 KiB. An
+    :param path: a CSV file with a header line, as it is or packed with gzip. Only read, in blocks of 64 KiB. An
         object of a store too, by a path such as airflow.sdk.ObjectStoragePath("s3://aws_default@bucket/orders.csv").
-    :param updated_at: the moment that all rows of the batch share, for the ledger.
+    :param updated_at: the moment that all rows of the batch share, for the ledger, and for columns whose DEFAULT is the
+        setting de_dw.updated_at.
     :param max_rejects: how many records may be bad, as a number or a percentage such as "1%". They are kept in the
         table's quarantine (of raw.orders: raw.orders_rejects), and the others are loaded.
     :param load_again: load the bytes though another batch has brought them before.
+    :param file_format: how the file is written, if not in UTF-8 with commas, or with other names of columns.
     :raises BatchError: the file is missing, empty, unfinished or no CSV; the header does not fit the table; more
         records are bad than max_rejects; the batch was loaded before with other bytes; there is no quarantine, though
         max_rejects is above 0; a trigger leaves rows out.
@@ -146,7 +152,8 @@ def load_batch(
     :raises PermissionError: the store does not let us read the object.
     :raises Exception: of the store's client, such as botocore's ConnectionError: it is away or busy. Call again.
     :raises ValueError: the connection is in autocommit mode, outside of a transaction; max_rejects is no limit; the
-        database is not in UTF8.
+        database is not in UTF8; file_format names a column that the table has not, or a time zone that the server has
+        not.
     """
     if conn.autocommit and conn.info.transaction_status == TransactionStatus.IDLE:
         raise ValueError("load_batch needs a transaction, but the connection is in autocommit mode")
@@ -155,12 +162,16 @@ def load_batch(
     if conn.info.parameter_status("server_encoding") != "UTF8":
         raise ValueError(f"the database's encoding is {conn.info.parameter_status('server_encoding')}, not UTF8")
     # Not conn.cursor(): it would make whatever class of cursor the caller uses.
-    with BatchFile(path) as file, Cursor(conn, row_factory=tuple_row) as cur:
-        for name, value in SETTINGS.items():
-            cur.execute("SELECT set_config(%s, %s, true)", (name, value))
+    with BatchFile(path, file_format) as file, Cursor(conn, row_factory=tuple_row) as cur:
+        settings = SETTINGS | {"TimeZone": file_format.time_zone, "DateStyle": f"ISO, {file_format.date_order}"}
+        try:
+            for name, value in settings.items():
+                cur.execute("SELECT set_config(%s, %s, true)", (name, value))
+        except errors.InvalidParameterValue as error:
+            raise ValueError(f"the server has no time zone {file_format.time_zone!r}: {error}") from None
         to = _full_name(cur, table)
         _take_turn(cur, to, batch_id)
-        _check_header(cur, to, file)
+        extra = _check_header(cur, to, file)
 
         found = _find(cur, to, batch_id=batch_id)
         first = None
@@ -177,7 +188,7 @@ def load_batch(
         found = found or (first if not load_again else None)
         is_new = False
         if not found:
-            found, is_new = _load(cur, to, batch_id, file, updated_at, limit, first.load_id if first else None)
+            found, is_new = _load(cur, to, batch_id, file, updated_at, limit, first.load_id if first else None, extra)
             if load_again and not is_new:
                 raise errors.SerializationFailure(
                     f"another loader has just brought the same bytes as batch {found.batch_id}: call again"
@@ -221,25 +232,55 @@ def _take_turn(cur: Cursor[Any], table: Table, batch_id: str) -> None:
         ) from None
 
 
-def _check_header(cur: Cursor[Any], table: Table, file: BatchFile) -> None:
-    """Refuse a header that does not name each of the table's columns once."""
+def _check_header(cur: Cursor[Any], table: Table, file: BatchFile) -> list[str]:
+    """Refuse a header that does not name each of the table's columns once, but for those that may lack.
+
+    :return: the names of columns that the table does not have, and the file may.
+    """
     cur.execute(
-        "SELECT attname::text FROM pg_attribute WHERE attrelid = %s::regclass AND attnum > 0 AND NOT attisdropped"
-        " AND attgenerated = '' AND attname <> ALL (%s) ORDER BY attnum",
-        (table.quoted, list(OWN_COLUMNS)),
+        "SELECT attname::text, attnotnull AND NOT atthasdef, attname = %s AND atttypid = 'jsonb'::regtype"
+        " FROM pg_attribute WHERE attrelid = %s::regclass AND attnum > 0 AND NOT attisdropped"
+        " AND attgenerated = '' AND attidentity = '' AND attname <> ALL (%s) ORDER BY attnum",
+        (EXTRA_COLUMN, table.quoted, list(OWN_COLUMNS)),
     )
-    columns = [name for (name,) in cur.fetchall()]
+    found = cur.fetchall()
+    has_extra = any(is_extra for *_, is_extra in found)
+    required = {name: is_required for name, is_required, is_extra in found if not is_extra}
+    declared = file.format
+    named = [*declared.optional, *declared.columns.values(), *declared.timestamps]
+    if strange := [name for name in dict.fromkeys(named) if name not in required]:
+        raise ValueError(f"the format of {table} names columns that it has not: {', '.join(strange)}")
+    if needed := [name for name in declared.optional if required[name] and name not in file.columns]:
+        raise BatchError(
+            f"{file.path}, line 1: the header lacks {', '.join(map(repr, needed))} of {table}, which is optional, but "
+            f"NOT NULL and without a DEFAULT. Give it one with a migration, or deliver the column."
+        )
+    if declared.extra == "keep" and not has_extra:
+        raise ValueError(f"{table} has no column {EXTRA_COLUMN} jsonb to keep extra columns in: add one by a migration")
+    unknown = [name for name in dict.fromkeys(file.columns) if name not in required]
     problems = {
-        "missing": [name for name in columns if name not in file.columns],
-        "unknown": [name for name in dict.fromkeys(file.columns) if name not in columns],
+        "missing": [name for name in required if name not in file.columns and name not in declared.optional],
+        "unknown": unknown if declared.extra == "refuse" else [],
         "more than once": [name for name, times in Counter(file.columns).items() if times > 1],
     }
     if any(problems.values()):
-        found = "; ".join(f"{what}: {', '.join(map(repr, names))}" for what, names in problems.items() if names)
-        raise BatchError(
-            f"{file.path}, line 1: the header does not fit {table}. {found}. "
-            f"It must name these columns, separated by commas, in any order: {', '.join(columns)}"
+        given = {column: name for name, column in zip(file.names, file.columns, strict=True) if name != column}
+        shown = {
+            what: ", ".join(f"{name!r} (column {given[name]!r})" if name in given else repr(name) for name in names)
+            for what, names in problems.items()
+        }
+        lacking = {column: name for name, column in declared.columns.items()}
+        shown["missing"] = ", ".join(
+            f"{name!r} (in the file {lacking[name]!r})" if name in lacking else repr(name)
+            for name in problems["missing"]
         )
+        listed = "; ".join(f"{what}: {names}" for what, names in shown.items() if names)
+        separated = "commas" if declared.delimiter == "," else repr(declared.delimiter)
+        raise BatchError(
+            f"{file.path}, line 1: the header does not fit {table}. {listed}. "
+            f"It must name these columns, separated by {separated}, in any order: {', '.join(required)}"
+        )
+    return unknown
 
 
 def _find(cur: Cursor[Any], table: Table, **condition: object) -> _LedgerRow | None:
@@ -263,6 +304,7 @@ def _load(
     updated_at: datetime | None,
     limit: Limit,
     repeat_of: int | None,
+    extra: list[str],
 ) -> tuple[_LedgerRow, bool]:
     """Bring the rows and the ledger row (True), or find that another loader has just brought the same bytes (False)."""
     # Numbers that this session kept in its cache are older than those another session has used since: without this,
@@ -270,24 +312,30 @@ def _load(
     cur.execute("DISCARD SEQUENCES")
     with cur.connection.transaction():  # which ends the setting too, when it is rolled back
         cur.execute(
-            "SELECT id, set_config('de_dw.load_id', id::text, true) FROM nextval('raw.loads_load_id_seq') AS id"
+            "SELECT id, set_config('de_dw.load_id', id::text, true), set_config('de_dw.updated_at', %s, true)"
+            " FROM nextval('raw.loads_load_id_seq') AS id",
+            (updated_at.isoformat() if updated_at else "",),
         )
-        (load_id, _) = cur.fetchone() or (0, "")
+        (load_id, *_) = cur.fetchone() or (0, "")
+        landing = Landing.of(cur, table, file, extra, load_id)
         try:
             with cur.connection.transaction():
-                rows, rejects = _copy(cur, table, file), 0
+                rows, rejects = _copy(cur, landing.table, file), 0
         except (Error, _NotAsReceived) as error:
             if isinstance(error, Error) and not is_about_data(error):
                 raise
             problem = str(Problem.of(error)) if isinstance(error, Error) else str(error)
             first_problem = printable(f"{file.path}, {problem}")
             log.warning("%s. Now looking at each record.", first_problem)
-            rows, rejects = load_good_records(cur, table, file, limit, first_problem)
-        cur.execute("SELECT set_config('de_dw.load_id', '', true)")  # what the caller inserts is not of this load
+            rows, rejects = load_good_records(cur, landing.table, file, limit, first_problem, table.quarantine)
+        landing.move(cur, table, file, rows)
+        # What the caller inserts is not of this load.
+        cur.execute("SELECT set_config('de_dw.load_id', '', true), set_config('de_dw.updated_at', '', true)")
         row = _LedgerRow(load_id, batch_id, rows, rejects, file.size, file.sha256)
         cur.execute(
             "INSERT INTO raw.loads (load_id, batch_id, rows, rejects, bytes, sha256, table_name, source, header,"
-            " batch_updated_at, repeat_of) VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s) ON CONFLICT DO NOTHING",
+            " batch_updated_at, repeat_of, format, source_version)"
+            " VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s) ON CONFLICT DO NOTHING",
             (
                 *row,
                 str(table),
@@ -295,6 +343,8 @@ def _load(
                 file.header.decode(errors="backslashreplace"),
                 updated_at,
                 repeat_of,
+                Jsonb(declared) if (declared := file.format.declared()) else None,
+                file.version,
             ),
         )
         is_new = cur.rowcount == 1
@@ -314,18 +364,20 @@ def _copy(cur: Cursor[Any], table: Table, file: BatchFile) -> int:
     skip = len(BOM) if file.has_bom else 0
     stopped: Exception | None = None
     try:
-        with cur.copy(copy_statement(table, file.columns)) as copy:
+        with cur.copy(copy_statement(table, file)) as copy:
             # An exception here would make psycopg log what the server says to it, with all values of a row.
             try:
                 for block in file.blocks():
-                    found = scan(tail[-1:] + block[skip:], quotes, file.newline[-1])
+                    found = scan(tail[-1:] + block[skip:], quotes, file.newline[-1], file.dialect)
                     if found.has_stray:
                         raise _NotAsReceived(STRAY_QUOTE)
                     window = tail + block
                     # One byte is found 200 times as fast as two.
                     for match in END_OF_DATA_LINE.finditer(window) if b"\\" in window and b"\\." in window else ():
                         position = max(match.start() + 1 - len(tail), 0)
-                        if (quotes + block.count(b'"', 0, position)) % 2 == 0:  # else it is data, within quotes
+                        if (
+                            quotes + block.count(file.dialect.quote, 0, position)
+                        ) % 2 == 0:  # else it is data, within quotes
                             raise _NotAsReceived(END_OF_DATA)
                     copy.write(block)
                     tail = window[-3:]

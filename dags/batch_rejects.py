@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 from batch_file import BatchFile, Records, fields
+from batch_format import Dialect
 from batch_store import BatchError
 from psycopg import Cursor, Error, ProgrammingError, sql
 from psycopg.abc import Buffer
@@ -257,27 +258,31 @@ def printable(text: str) -> str:
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
-def copy_statement(table: Table, columns: Sequence[str]) -> sql.Composed:
-    """COPY FROM STDIN of CSV in UTF-8 with a header line, into these columns of a table."""
-    return sql.SQL("COPY {} ({}) FROM STDIN WITH (FORMAT csv, HEADER true, ENCODING 'UTF8')").format(
-        table.identifier, sql.SQL(", ").join(map(sql.Identifier, columns))
+def copy_statement(table: Table, file: BatchFile) -> sql.Composed:
+    """COPY FROM STDIN of a file's text, which is in UTF-8 and has a header line, into these columns of a table."""
+    options: sql.Composable = sql.SQL("")
+    if not file.dialect.is_default:
+        options = sql.SQL(", DELIMITER {}, QUOTE {}").format(file.format.delimiter, file.format.quote)
+    return sql.SQL("COPY {} ({}) FROM STDIN WITH (FORMAT csv, HEADER true, ENCODING 'UTF8'{})").format(
+        table.identifier, sql.SQL(", ").join(map(sql.Identifier, file.columns)), options
     )
 
 
 def load_good_records(
-    cur: Cursor[Any], table: Table, file: BatchFile, limit: Limit, first_problem: str
+    cur: Cursor[Any], table: Table, file: BatchFile, limit: Limit, first_problem: str, quarantine: Table
 ) -> tuple[int, int]:
     """COPY the records that PostgreSQL takes, and keep the others in the table's quarantine.
 
     In the caller's transaction, which has the setting de_dw.load_id.
 
     :param first_problem: what COPY said about the file.
+    :param quarantine: the table that takes the bad ones.
     :returns: rows loaded, records rejected.
     :raises BatchError: more are bad than the limit allows, there is no quarantine, or a record is not accounted for:
         undo what was written, none of it may stay.
     """
     if limit.number > 0:
-        _check_quarantine(cur, table.quarantine)
+        _check_quarantine(cur, quarantine)
     listed: list[Reject] = []
     rejects = records = lines = 0
     with _Sorter(cur, table, file) as sorter:
@@ -287,7 +292,7 @@ def load_good_records(
             bad = sorter.sort(chunk, load=not over)
             explained = sorter.explain(chunk, bad if not over else dict(list(bad.items())[: LISTED - len(listed)]))
             if not over:
-                _keep(cur, table.quarantine, explained)
+                _keep(cur, quarantine, explained)
             listed += explained[: LISTED - len(listed)]
             rejects += len(bad)
             records += len(chunk.data)
@@ -296,7 +301,7 @@ def load_good_records(
             raise BatchError(_refusal(file, limit, listed, first_problem, rejects, records))
 
     count = "SELECT count(*) FROM {} WHERE load_id = current_setting('de_dw.load_id')::bigint"
-    cur.execute(sql.SQL(count).format(table.quarantine.identifier))
+    cur.execute(sql.SQL(count).format(quarantine.identifier))
     ((kept,),) = cur.fetchall()
     if sorter.copied + kept != records or file.header_lines + lines != file.lines:
         raise BatchError(
@@ -324,7 +329,7 @@ class _Sorter:
         self.file = file
         self.copied = 0
         self._functions: list[sql.Identifier] = []
-        self._copy_statement = copy_statement(table, file.columns)
+        self._copy_statement = copy_statement(table, file)
         cur.adapters.register_dumper(_TextArray, _TextArrayDumper)
         cur.execute("SELECT current_setting('de_dw.load_id')")
         ((load_id,),) = cur.fetchall()
@@ -425,7 +430,9 @@ class _Sorter:
         """Those of them that are no row of the table, or one that breaks a rule of it."""
         try:
             with self.cur.connection.transaction():
-                self.cur.execute(self._find_bad, (_as_rows([chunk.data[place] for place in places]),))
+                self.cur.execute(
+                    self._find_bad, (_as_rows([chunk.data[place] for place in places], self.file.dialect),)
+                )
                 return {places[number]: None for (number,) in self.cur.fetchall()}
         except Error as error:
             if not is_about_data(error):
@@ -481,7 +488,7 @@ class _Sorter:
         asked = [place for place in bad if place not in problems]
         no_rows = []
         for place, verdict in zip(asked, self._broken_rules([chunk.data[place] for place in asked]), strict=True):
-            values = fields(chunk.data[place])
+            values = fields(chunk.data[place], self.file.dialect)
             if isinstance(verdict, str):
                 problems[place] = verdict
             elif verdict is not None and verdict >= 0:
@@ -505,7 +512,7 @@ class _Sorter:
             return []
         try:
             with self.cur.connection.transaction():
-                self.cur.execute(self._find_rule, (_as_rows(records),))
+                self.cur.execute(self._find_rule, (_as_rows(records, self.file.dialect),))
                 return [number for (number,) in self.cur.fetchall()]
         except Error as error:
             if not is_about_data(error):
@@ -528,13 +535,13 @@ class _Sorter:
         numbers: list[int] = []
         columns_: list[int] = []
         for number, record in enumerate(records):
-            in_record = fields(record)
+            in_record = fields(record, self.file.dialect)
             values += in_record
             numbers += [number] * len(in_record)
             columns_ += range(len(in_record))
         type_ = f"'pg_temp.{self._own}_field_' || column_number"
         find = sql.SQL(FIND_COLUMN).format(error=sql.SQL(self._error.format(type=type_)))
-        self.cur.execute(find, (_as_rows(values), numbers, columns_))
+        self.cur.execute(find, (_as_rows(values, self.file.dialect), numbers, columns_))
         return self.cur.fetchall()
 
     def _reject(self, chunk: Records, place: int, problem: "Problem | str") -> Reject:
@@ -544,23 +551,33 @@ class _Sorter:
             return Reject(chunk.lines[place], data, None, None, problem)
         value = None
         if problem.column in self.file.columns:
-            value = _text(fields(data)[self.file.columns.index(problem.column)])
+            value = _text(fields(data, self.file.dialect)[self.file.columns.index(problem.column)], self.file.dialect)
         return Reject(chunk.lines[place], data, problem.column, value, problem.reason)
 
 
-def _as_rows(records: list[bytes]) -> _TextArray:
+def _as_rows(records: list[bytes], dialect: Dialect) -> _TextArray:
     """Records as the text form of a row. All at once, for speed: no record that comes here has a NUL."""
     if not records:
         return _TextArray()
+    if not dialect.is_default:
+        records = [_with_commas(record, dialect) for record in records]
     text = b"\0".join(records).replace(b"\\", b"\\\\").replace(b")", b"\\)").replace(b"\0", b")\0(")
     return _TextArray((b"(" + text + b")").split(b"\0"))
 
 
-def _text(field: bytes) -> str | None:
+def _with_commas(record: bytes, dialect: Dialect) -> bytes:
+    """A record as it would stand in a file with commas and double quotes."""
+    if not (b"," in record or b'"' in record or dialect.quote in record):
+        return record.replace(dialect.delimiter, b",")
+    values = [(found, _text(found, dialect)) for found in fields(record, dialect)]
+    return b",".join(b'"' + (text or "").replace('"', '""').encode() + b'"' if found else b"" for found, text in values)
+
+
+def _text(field: bytes, dialect: Dialect) -> str | None:
     """The value of a field as it stands in a record; None where there is nothing."""
-    if not field.startswith(b'"'):
+    if not field.startswith(dialect.quote):
         return field.decode() or None
-    return field[1:-1].replace(b'""', b'"').decode()
+    return field[1:-1].replace(dialect.quote * 2, dialect.quote).decode()
 
 
 def _check_quarantine(cur: Cursor[Any], quarantine: Table) -> None:

@@ -6,20 +6,13 @@ from typing import Any, NamedTuple
 # 1 million rows, 0.5 at 100 thousand (docs/performance.md). A merge also spares readers the lock of a swap.
 UNION_FROM = 0.3
 
-# Kind: when it is chosen, for the graph; and what it does, where that is in no script of the table's own.
-REFRESHES = {
-    "swap": ("none applied yet", None),
-    "union": (
-        "many rows pending",
-        "The newest version of each key among the table's rows and the loads not yet applied, swapped in: "
-        "stg.union_pending. Its cost follows the table, not the history.",
-    ),
-    "merge": (
-        "few rows pending",
-        "The newest version of each key among the loads not yet applied, where it is newer, in place: "
-        "stg.merge_pending. Its cost follows the new batch. No reader waits for it or gets an error.",
-    ),
-}
+# Kind: when it is chosen, for the graph.
+REFRESHES = {"swap": "none applied yet", "union": "many rows pending", "merge": "few rows pending"}
+# And what it does, where no script of the table's own says so.
+UNION = """The newest version of each key among the table's rows and the loads not yet applied, swapped in: the function
+stg.union_pending. Its cost follows the table, not the history."""
+MERGE = """The newest version of each key among the loads not yet applied, where it is newer, in place: the function
+stg.merge_pending. Its cost follows the new batch. No reader waits for it or gets an error."""
 # As sql/transforms/stg.TABLE.sql, for the kinds that a function makes of any table.
 SCRIPT = """BEGIN;
 SET LOCAL transaction_isolation = 'read committed'; -- so that each statement looks at raw after the lock, not before

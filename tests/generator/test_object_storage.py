@@ -135,7 +135,7 @@ def abort(s3: S3, prefix: str) -> None:
 
 
 def test_server_that_goes_away_is_an_error_and_no_object(own_s3: S3, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(orders, "PART_BYTES", 5 * 1024 * 1024)
+    monkeypatch.setattr("generator.files.PART_BYTES", 5 * 1024 * 1024)
 
     def stop(rows: int) -> None:
         if own_s3.process.poll() is None and rows > 50_000:

@@ -100,7 +100,7 @@ class TestOrders:
     @pytest.mark.parametrize("block_rows", [1, 7, 1_000, 100_000])
     def test_size_of_a_block_does_not_show(self, block_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
         expected = make(2_000)
-        monkeypatch.setattr(orders, "BLOCK_ROWS", block_rows)
+        monkeypatch.setattr("generator.files.BLOCK_ROWS", block_rows)
         assert make(2_000) == expected
 
     @settings(max_examples=50, deadline=None)

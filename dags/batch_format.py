@@ -1,0 +1,111 @@
+"""How the files of a dataset are written, declared once: by default CSV as RFC 4180 has it, in UTF-8."""
+
+import codecs
+import re
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+# What is decoded while it is read; all of these come to an end of each character without looking ahead.
+ENCODINGS = re.compile(r"utf-(8|16|16-le|16-be)|iso8859-\d+|cp\d+|koi8-[rut]|mac-\w+|ascii")
+EXTRA = ("refuse", "ignore", "keep")
+DATE_ORDERS = ("YMD", "DMY", "MDY")
+# What PostgreSQL takes for neither delimiter nor quote of CSV, or what would make a file ambiguous.
+NO_DELIMITER = "\r\n\0\\."
+EPOCH = "epoch"
+
+
+@dataclass(frozen=True)
+class Format:
+    """What a file may look like. Names of columns in the header are matched in any order, whatever is declared.
+
+    :param delimiter: one ASCII character between fields, such as ";", "|" or a tab.
+    :param quote: one ASCII character around fields that have one of these or a line end in them; doubled within.
+    :param encoding: as Python names it: utf-8, utf-16 (with its mark; else utf-16-le, utf-16-be), latin-1, cp1252 ...
+    :param columns: of header names that differ from those of the table: name in the file -> column.
+    :param extra: what becomes of columns that the table does not have. "refuse": the file is; "ignore": they are left
+        out; "keep": they go to the table's column `extra` jsonb, by their names in the file, as text.
+    :param optional: columns that a file need not have: they get the column's DEFAULT, or NULL.
+    :param date_order: what 03/04/2026 is, as in PostgreSQL's DateStyle. A date that begins with its year is clear.
+    :param time_zone: of instants without an offset, such as "Europe/Berlin".
+    :param timestamps: of columns that PostgreSQL would not read: column -> a pattern of its to_timestamp, such as
+        "YYYYMMDDHH24MISS", or "epoch" for seconds since 1970. A value that does not come out as it went in is bad.
+    :raises ValueError: one of them is none.
+    """
+
+    delimiter: str = ","
+    quote: str = '"'
+    encoding: str = "utf-8"
+    columns: Mapping[str, str] = field(default_factory=dict)
+    extra: str = "refuse"
+    optional: tuple[str, ...] = ()
+    date_order: str = "YMD"
+    time_zone: str = "UTC"
+    timestamps: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("delimiter", "quote"):
+            value = getattr(self, name)
+            is_letter = name == "delimiter" and value.isalnum()
+            if len(value) != 1 or not value.isascii() or value in NO_DELIMITER or is_letter:
+                raise ValueError(f"{name} {value!r} is not one ASCII character that can be it, such as ; | or a tab")
+        if self.delimiter == self.quote:
+            raise ValueError(f"delimiter and quote are both {self.quote!r}")
+        try:
+            known = codecs.lookup(self.encoding).name
+        except LookupError:
+            known = ""
+        if not ENCODINGS.fullmatch(known):
+            raise ValueError(
+                f"encoding {self.encoding!r} is none that is read: utf-8, utf-16, utf-16-le, utf-16-be, latin-1 and "
+                f"the other iso8859 ones, cp1252 and the other code pages"
+            )
+        object.__setattr__(self, "encoding", known)
+        for name, choices in (("extra", EXTRA), ("date_order", DATE_ORDERS)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} is {getattr(self, name)!r}, and must be one of {', '.join(choices)}")
+        if isinstance(self.optional, str):
+            raise ValueError(f"optional is {self.optional!r}, and must be a tuple of columns")
+
+    def declared(self) -> dict[str, Any]:
+        """What differs from the default, by name."""
+        found = {}
+        for one in fields(self):
+            default = one.default if one.default is not MISSING else {}
+            value = getattr(self, one.name)
+            if value != default:
+                found[one.name] = dict(value) if isinstance(value, Mapping) else value
+        return found
+
+    @property
+    def dialect(self) -> "Dialect":
+        return dialect(self.delimiter.encode(), self.quote.encode())
+
+
+class Dialect:
+    """Delimiter and quote, with what finds them in text."""
+
+    def __init__(self, delimiter: bytes, quote: bytes) -> None:
+        self.delimiter, self.quote = delimiter, quote
+        self.quote_byte = quote[0]
+        self.is_default = (delimiter, quote) == (b",", b'"')
+        # By byte: may it stand before the quote that begins a field and after the one that ends it? A doubled one may.
+        self.beside_a_quote = np.isin(np.arange(256), list(b"\r\n" + delimiter + quote))
+        d, q = re.escape(delimiter), re.escape(quote)
+        quoted = q + b"[^" + q + b"]*+" + q
+        # The first record, and what ends it: the rest of the file must end its lines in the same way.
+        self.first_record = re.compile(rb"((?:[^" + q + rb"\r\n]++|" + quoted + rb")*+)(\r\n|\n|\r)")
+        # A field as it stands in a record, quotes included.
+        self.field = re.compile(rb"((?:[^" + q + d + rb"]++|" + quoted + rb")*+)(?:" + d + rb"|\Z)")
+        self.quoted = re.compile(quoted)
+
+
+@cache
+def dialect(delimiter: bytes, quote: bytes) -> Dialect:
+    return Dialect(delimiter, quote)
+
+
+DEFAULT = Format()

@@ -1,0 +1,403 @@
+"""dags/batch_format.py and batch_landing.py: files of strangers, declared once, by both ways into the table."""
+
+import csv
+import gzip
+import hashlib
+import io
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import batch_file
+import pytest
+from batch_file import BatchFile, fields
+from batch_format import Format
+from batch_load import BatchError, Load, load_batch
+from batch_rejects import _text
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.warehouse import Warehouse
+
+NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
+THINGS = """
+    CREATE TABLE raw.things (
+        thing_id bigint NOT NULL,
+        name text,
+        price numeric CONSTRAINT price_is_positive CHECK (price > 0),
+        seen_at timestamptz,
+        extra jsonb,
+        updated_at timestamptz NOT NULL DEFAULT nullif(current_setting('de_dw.updated_at', true), '')::timestamptz
+    );
+    SELECT raw.create_dataset('things');
+"""
+ROWS = "SELECT thing_id, name, price::text, seen_at, extra, updated_at FROM raw.things ORDER BY row_id"
+MINIMUM = {"optional": ("name", "price", "seen_at", "updated_at")}
+# By COPY alone, and by the way of a file that has bad records.
+by_both_ways = pytest.mark.parametrize("bad", [0, 1], ids=["copy", "sorted"])
+
+
+@pytest.fixture
+def load(warehouse: Warehouse, tmp_path: Path) -> Callable[..., Load]:
+    """Load a file of things: with `bad`, after a record that is no row of them."""
+    warehouse.alter(THINGS)
+
+    def load_(
+        content: str,
+        *,
+        bad: int = 0,
+        written_in: str = "utf-8",
+        pack: Any = None,
+        max_rejects: int = 0,
+        **declared: Any,
+    ) -> Load:
+        header, end, records = content.partition("\n")
+        data = f"{header}{end}{'x' * 5 + end if bad else ''}{records}".encode(written_in)
+        path = tmp_path / "things.csv"
+        path.write_bytes(pack(data) if pack else data)
+        with warehouse.connect() as conn:
+            return load_batch(
+                conn,
+                table="raw.things",
+                batch_id="a",
+                path=path,
+                updated_at=NOW,
+                max_rejects=max_rejects or bad,
+                file_format=Format(**MINIMUM | declared),
+            )
+
+    return load_
+
+
+@by_both_ways
+@pytest.mark.parametrize(
+    ("delimiter", "quote", "content"),
+    [
+        (";", '"', 'thing_id;name;price\n1;"a;""b"", c";1.50\n2;a,b;\n3;"";2\n'),
+        ("|", "'", "thing_id|name|price\n1|'a;\"b\", c'|1.50\n2|a,b|\n3|''|2\n"),
+        ("\t", '"', 'thing_id\tname\tprice\n1\t"a;""b"", c"\t1.50\n2\ta,b\t\n3\t""\t2\n'),
+        (",", "'", "thing_id,name,price\n1,'a;\"b\", c',1.50\n2,'a,b',\n3,'',2\n"),
+        ("~", "\x01", 'thing_id~name~price\n1~a;"b", c~1.50\n2~a,b~\n3~\x01\x01~2\n'),
+    ],
+)
+def test_delimiter_and_quote_are_those_that_are_declared(
+    warehouse: Warehouse, load: Callable[..., Load], bad: int, delimiter: str, quote: str, content: str
+) -> None:
+    loaded = load(content, bad=bad, delimiter=delimiter, quote=quote)
+
+    assert (loaded.rows, loaded.rejects) == (3, bad)
+    assert [row[:3] for row in warehouse.rows(ROWS)] == [(1, 'a;"b", c', "1.50"), (2, "a,b", None), (3, "", "2")]
+
+
+@by_both_ways
+@pytest.mark.parametrize("pack", [None, gzip.compress], ids=["plain", "gzip"])
+@pytest.mark.parametrize(
+    ("written_in", "encoding"),
+    [
+        ("latin-1", "latin-1"),
+        ("cp1252", "windows-1252"),
+        ("utf-16", "utf-16"),
+        ("utf-16-le", "utf-16-le"),
+        ("utf-16-be", "UTF-16BE"),
+        ("utf-8-sig", "utf-8"),
+    ],
+)
+def test_text_in_another_encoding_is_the_same_text(
+    warehouse: Warehouse, load: Callable[..., Load], bad: int, written_in: str, encoding: str, pack: Any
+) -> None:
+    content = 'thing_id,name\n1,Jürgen\n2,"é, ñ\nß"\n'
+
+    loaded = load(content, bad=bad, written_in=written_in, pack=pack, encoding=encoding)
+
+    assert (loaded.rows, loaded.rejects) == (2, bad)
+    assert [row[1] for row in warehouse.rows(ROWS)] == ["Jürgen", "é, ñ\nß"]
+
+
+def test_sha256_is_that_of_the_bytes_and_not_of_the_text(load: Callable[..., Load], tmp_path: Path) -> None:
+    loaded = load("thing_id,name\n1,Jürgen\n", written_in="utf-16", encoding="utf-16")
+
+    assert loaded.sha256 == hashlib.sha256((tmp_path / "things.csv").read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("content", "encoding", "message"),
+    [
+        ("thing_id,name\n1,a\n2,b\x81\n".encode("latin-1"), "cp1252", "line 3: not cp1252"),
+        ("thing_id,name\n1,a\n".encode("utf-16")[:-1], "utf-16", "ends amid a character of utf-16"),
+        ("thing_id,name\n1,a".encode("utf-16"), "utf-16", "the last line has no line end"),
+        ("thing_id,name\n1,a\n".encode("utf-16-le"), "utf-16", "Declare utf-16-le or utf-16-be"),
+        ("thing_id,name\n1,a\n".encode("utf-16-le") + b"\x00\xd8\n\x00", "utf-16-le", "line 3: not utf-16-le"),
+        ("thing_id,name\n1,a\n".encode("utf-16"), "utf-8", "UTF-16 text: declare the dataset's encoding"),
+        ("thing_id,name\n1,ü\n".encode("latin-1"), "utf-8", "invalid byte sequence|not UTF-8"),
+    ],
+)
+def test_bytes_that_are_no_text_of_the_encoding_are_refused(
+    warehouse: Warehouse, tmp_path: Path, content: bytes, encoding: str, message: str
+) -> None:
+    warehouse.alter(THINGS)
+    path = tmp_path / "things.csv"
+    path.write_bytes(content)
+
+    with warehouse.connect() as conn, pytest.raises(BatchError, match=message):
+        load_batch(conn, table="raw.things", batch_id="a", path=path, file_format=Format(**MINIMUM, encoding=encoding))
+
+    assert warehouse.rows("SELECT count(*) FROM raw.things") == [(0,)]
+
+
+@given(
+    text=st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=60),
+    block=st.integers(1, 7),
+)
+def test_characters_may_lie_across_blocks(tmp_path_factory: pytest.TempPathFactory, text: str, block: int) -> None:
+    path = tmp_path_factory.getbasetemp() / "across.csv"
+    for encoding in ("utf-16", "utf-16-be"):
+        path.write_bytes(f"a\n{text}\n".encode(encoding))
+        with pytest.MonkeyPatch.context() as patch, BatchFile(path, Format(encoding=encoding)) as file:
+            patch.setattr(batch_file, "BLOCK_BYTES", block)
+            assert b"".join(file.blocks()).decode() == f"a\n{text}\n"
+
+
+@given(
+    record=st.lists(st.text(st.sampled_from(";,|'\"\\ a\nü"), max_size=6), min_size=2, max_size=5),
+    delimiter=st.sampled_from(",;|"),
+    quote=st.sampled_from("\"'"),
+)
+def test_fields_are_those_that_python_reads(record: list[str], delimiter: str, quote: str) -> None:
+    out = io.StringIO()
+    csv.writer(out, delimiter=delimiter, quotechar=quote, lineterminator="").writerow(record)
+    dialect = Format(delimiter=delimiter, quote=quote).dialect
+
+    found = fields(out.getvalue().encode(), dialect)
+
+    assert [_text(field, dialect) or "" for field in found] == record
+
+
+@by_both_ways
+def test_header_names_are_mapped_to_columns(warehouse: Warehouse, load: Callable[..., Load], bad: int) -> None:
+    loaded = load("Preis,Nr.,name\n1.5,7,Lampe\n", bad=bad, columns={"Nr.": "thing_id", "Preis": "price"})
+
+    assert loaded.rows == 1
+    assert [row[:3] for row in warehouse.rows(ROWS)] == [(7, "Lampe", "1.5")]
+    assert warehouse.rows("SELECT header, format ->> 'columns' FROM raw.loads") == [
+        ("Preis,Nr.,name", '{"Nr.": "thing_id", "Preis": "price"}')
+    ]
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        ("Preis,name", r"missing: 'thing_id' \(in the file 'Nr\.'\)"),
+        ("Nr.,Preis,price", r"more than once: 'price' \(column 'Preis'\)"),
+        ("Nr.,Menge", r"unknown: 'Menge'\. It must name these columns, separated by ',|commas"),
+    ],
+)
+def test_header_that_does_not_fit_is_refused_by_both_names(
+    load: Callable[..., Load], header: str, message: str
+) -> None:
+    with pytest.raises(BatchError, match=message):
+        load(f"{header}\n", columns={"Nr.": "thing_id", "Preis": "price"})
+
+
+@by_both_ways
+def test_extra_columns_are_ignored_when_that_is_declared(
+    warehouse: Warehouse, load: Callable[..., Load], bad: int
+) -> None:
+    loaded = load("a,thing_id,b,price\nx,1,y,2\n,2,,3\n", bad=bad, extra="ignore")
+
+    assert (loaded.rows, loaded.rejects) == (2, bad)
+    assert [(row[0], row[2], row[4]) for row in warehouse.rows(ROWS)] == [(1, "2", None), (2, "3", None)]
+
+
+@by_both_ways
+def test_extra_columns_are_kept_by_their_names_when_that_is_declared(
+    warehouse: Warehouse, load: Callable[..., Load], bad: int
+) -> None:
+    long = "a column with a name that is longer than PostgreSQL lets a name be"
+
+    loaded = load(f'thing_id,"Colour, main",{long},price\n1,red,"a ""b""",2\n2,,"",3\n', bad=bad, extra="keep")
+
+    assert (loaded.rows, loaded.rejects) == (2, bad)
+    assert [row[4] for row in warehouse.rows(ROWS)] == [
+        {"Colour, main": "red", long: 'a "b"'},
+        {"Colour, main": None, long: ""},
+    ]
+    assert warehouse.rows("SELECT count(DISTINCT load_id) FROM raw.things") == [(1,)]
+
+
+def test_rows_with_extra_columns_arrive_in_the_order_of_the_file(
+    warehouse: Warehouse, load: Callable[..., Load]
+) -> None:
+    lines = "\n".join(f"{number},x" for number in range(3000, 0, -1))
+
+    load(f"thing_id,more\n{lines}\n", extra="keep")
+
+    assert [row[0] for row in warehouse.rows(ROWS)] == list(range(3000, 0, -1))
+
+
+def test_bad_record_of_a_file_with_extra_columns_is_named_as_in_one_without(
+    warehouse: Warehouse, load: Callable[..., Load]
+) -> None:
+    content = "thing_id,more,price\n1,a,1\n2,b,-5\n3,c,much\n,d,1\n5,e,1,\n6,f,9\n"
+    with pytest.raises(BatchError, match=r"line 4, column price, value 'much': invalid input syntax for type numeric"):
+        load(content, extra="ignore")
+
+    loaded = load(content, extra="ignore", max_rejects=4)
+
+    assert (loaded.rows, loaded.rejects) == (2, 4)
+    rejects = "SELECT line_number, column_name, reason FROM raw.things_rejects ORDER BY line_number"
+    assert warehouse.rows(rejects) == [
+        (3, "price", 'violates check constraint "price_is_positive"'),
+        (4, "price", 'invalid input syntax for type numeric: "much"'),
+        (5, "thing_id", 'null value in column "thing_id"'),
+        (6, None, "extra data after last expected column"),
+    ]
+
+
+def test_extra_columns_are_refused_by_default(load: Callable[..., Load]) -> None:
+    with pytest.raises(BatchError, match="unknown: 'more'"):
+        load("thing_id,more\n1,2\n")
+
+
+def test_optional_columns_get_their_default(warehouse: Warehouse, load: Callable[..., Load]) -> None:
+    load("thing_id\n1\n")
+
+    assert warehouse.rows(ROWS) == [(1, None, None, None, None, NOW)]
+
+
+@pytest.mark.parametrize(
+    ("declared", "error", "message"),
+    [
+        ({"optional": ("thing_id", "name", "price", "seen_at", "updated_at")}, BatchError, "'thing_id' of raw.things, which is optional, but NOT"),
+        ({"optional": ("colour",)}, ValueError, "names columns that it has not: colour"),
+        ({"columns": {"a": "colour"}}, ValueError, "names columns that it has not: colour"),
+        ({"time_zone": "Mars/Olympus"}, ValueError, "no time zone 'Mars/Olympus'"),
+    ],
+)  # fmt: skip
+def test_declaration_that_does_not_fit_the_table_is_refused(
+    load: Callable[..., Load], declared: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        load("name\nLamp\n", **declared)
+
+
+def test_keeping_extra_columns_needs_a_column_for_them(warehouse: Warehouse, load: Callable[..., Load]) -> None:
+    warehouse.alter("ALTER TABLE raw.things DROP COLUMN extra")
+
+    with pytest.raises(ValueError, match=r"raw\.things has no column extra jsonb"):
+        load("thing_id,more\n1,2\n", extra="keep")
+
+
+@by_both_ways
+@pytest.mark.parametrize(
+    ("declared", "value", "instant"),
+    [
+        ({}, "2026-04-03 12:00", "2026-04-03 12:00+00"),
+        ({"date_order": "DMY"}, "03/04/2026 12:00", "2026-04-03 12:00+00"),
+        ({"date_order": "DMY"}, "3.4.2026 12:00", "2026-04-03 12:00+00"),
+        ({"date_order": "MDY"}, "03/04/2026 12:00", "2026-03-04 12:00+00"),
+        ({"date_order": "DMY"}, "2026-04-03T12:00:00Z", "2026-04-03 12:00+00"),
+        ({"time_zone": "Europe/Berlin"}, "2026-07-01 12:00", "2026-07-01 10:00+00"),
+        ({"time_zone": "Europe/Berlin"}, "2026-07-01 12:00+00", "2026-07-01 12:00+00"),
+        ({"timestamps": {"seen_at": "YYYYMMDDHH24MISS"}}, "20260403120000", "2026-04-03 12:00+00"),
+        ({"timestamps": {"seen_at": "DD-MM-YY, HH24:MI"}, "time_zone": "Asia/Tokyo"}, '"03-04-26, 12:00"', "2026-04-03 03:00+00"),
+        ({"timestamps": {"seen_at": "epoch"}}, "1775217600.5", "2026-04-03 12:00:00.5+00"),
+        ({"timestamps": {"seen_at": "epoch"}}, "", None),
+    ],
+)  # fmt: skip
+def test_instants_are_read_as_it_is_declared(
+    warehouse: Warehouse, load: Callable[..., Load], bad: int, declared: Any, value: str, instant: str | None
+) -> None:
+    loaded = load(f"thing_id,seen_at\n1,{value}\n", bad=bad, **declared)
+
+    assert (loaded.rows, loaded.rejects) == (1, bad)
+    (((found,), *_),) = [warehouse.rows("SELECT seen_at FROM raw.things")]
+    assert found == (datetime.fromisoformat(instant) if instant else None)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "value"),
+    [
+        ("YYYYMMDD", "20260403 and more"),
+        ("YYYYMMDD", "2026-04-03"),
+        ("YYYYMMDD", "20260230"),
+        ("YYYYMMDD", "tomorrow"),
+        ("DD/MM/YYYY", "3/4/2026"),
+        ("epoch", "noon"),
+    ],
+)
+def test_value_that_does_not_come_out_of_the_pattern_as_it_went_in_is_bad(
+    warehouse: Warehouse, load: Callable[..., Load], pattern: str, value: str
+) -> None:
+    content = f"thing_id,seen_at\n1,{value}\n2,\n"
+    with pytest.raises(BatchError, match="line 2"):
+        load(content, timestamps={"seen_at": pattern})
+
+    loaded = load(content, timestamps={"seen_at": pattern}, max_rejects=1)
+
+    assert (loaded.rows, loaded.rejects) == (1, 1)
+    assert warehouse.rows("SELECT line_number FROM raw.things_rejects") == [(2,)]
+
+
+def test_rules_of_a_column_that_is_converted_hold(warehouse: Warehouse, load: Callable[..., Load]) -> None:
+    content = "thing_id,updated_at\n1,20260101\n2,29990101\n3,\n"
+    with pytest.raises(BatchError, match="line 3"):
+        load(content, timestamps={"updated_at": "YYYYMMDD"})
+
+    loaded = load(content, timestamps={"updated_at": "YYYYMMDD"}, max_rejects=2)
+
+    assert (loaded.rows, loaded.rejects) == (1, 2)
+    reasons = [reason for (reason,) in warehouse.rows("SELECT reason FROM raw.things_rejects ORDER BY line_number")]
+    assert "updated_at_is_not_in_the_future" in reasons[0]
+    assert "null value" in reasons[1]
+
+
+@by_both_ways
+def test_end_of_data_and_stray_quotes_are_found_with_another_delimiter(load: Callable[..., Load], bad: int) -> None:
+    for record, message in (("\\.", r"a line of just \\\."), ("1;a'b'", "a quote inside a field")):
+        with pytest.raises(BatchError, match=message):
+            load(f"thing_id;name\n2;x\n{record}\n3;y\n", delimiter=";", quote="'", bad=bad)
+
+
+def test_ledger_says_what_was_declared_and_which_version_of_the_file_it_was(
+    warehouse: Warehouse, load: Callable[..., Load], tmp_path: Path
+) -> None:
+    load("thing_id;more\n1;2\n", delimiter=";", extra="ignore", encoding="latin-1")
+
+    ((declared, version),) = warehouse.rows("SELECT format, source_version FROM raw.loads")
+    assert declared == {
+        "delimiter": ";",
+        "encoding": "iso8859-1",
+        "extra": "ignore",
+        "optional": list(MINIMUM["optional"]),
+    }
+    assert version == str((tmp_path / "things.csv").stat().st_mtime_ns)
+
+
+def test_file_with_extra_columns_is_loaded_once_too(warehouse: Warehouse, load: Callable[..., Load]) -> None:
+    for is_new in (True, False):
+        assert load("thing_id,more\n1,2\n", extra="keep").is_new is is_new
+
+    assert warehouse.rows("SELECT count(*) FROM raw.things") == [(1,)]
+
+
+@pytest.mark.parametrize(
+    ("declared", "message"),
+    [
+        ({"delimiter": ""}, "delimiter '' is not one ASCII character"),
+        ({"delimiter": ";;"}, "not one ASCII"),
+        ({"delimiter": "a"}, "not one ASCII"),
+        ({"delimiter": "\n"}, "not one ASCII"),
+        ({"quote": "ü"}, "quote 'ü' is not one ASCII"),
+        ({"delimiter": '"'}, "delimiter and quote are both"),
+        ({"encoding": "utf-7"}, "encoding 'utf-7' is none that is read"),
+        ({"encoding": "klingon"}, "is none that is read"),
+        ({"encoding": "rot13"}, "is none that is read"),
+        ({"extra": "drop"}, "extra is 'drop', and must be one of refuse, ignore, keep"),
+        ({"date_order": "YDM"}, "must be one of YMD, DMY, MDY"),
+        ({"optional": "name"}, "must be a tuple"),
+    ],
+)
+def test_format_that_is_none_is_refused_when_it_is_declared(declared: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Format(**declared)
