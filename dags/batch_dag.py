@@ -101,7 +101,8 @@ class Dataset:
     :param source: the files of a run that names none: a path, a glob or a URL, below WAREHOUSE_DATA or a folder of
         WAREHOUSE_SOURCES; {date} is the run's.
     :param format: of these files.
-    :param schedule: when it runs by itself, as Airflow has it: "*/5 * * * *", "@daily". None: when it is triggered.
+    :param schedule: when it runs by itself, as Airflow has it: "*/5 * * * *", "@daily". None: as WAREHOUSE_SCHEDULE says;
+        without that when it is triggered.
     :param fresh_within: how long a run may take until it is reported as late.
     """
 
@@ -117,6 +118,11 @@ def locations() -> list[str]:
     """Where files may be loaded from, and first where batches are made: folders, or URLs such as s3://aws_default@bucket."""
     made = os.environ.get("WAREHOUSE_DATA") or str(ROOT / "data")
     return [made.rstrip("/") or "/", *os.environ.get("WAREHOUSE_SOURCES", "").replace(",", " ").split()]
+
+
+def schedule_of(dataset: Dataset) -> Any:
+    """When it runs by itself."""
+    return dataset.schedule or os.environ.get("WAREHOUSE_SCHEDULE") or None
 
 
 def batch_time(dag_run: Any) -> datetime:
@@ -205,7 +211,7 @@ def batch_dag(dataset: Dataset, doc: str | None = None) -> None:
 
     @dag(
         dag_id=name,
-        schedule=dataset.schedule,
+        schedule=schedule_of(dataset),
         doc_md=f"{doc or f'### {name}'}\n{(__doc__ or '').replace('{name}', name)}",
         template_searchpath=[str(SCRIPTS)],
         deadline=DeadlineAlert(
@@ -223,11 +229,11 @@ def batch_dag(dataset: Dataset, doc: str | None = None) -> None:
             """Write the run's CSV file. The same run makes the same bytes."""
             if params["source"]:
                 raise AirflowSkipException(f"the run has a source: {params['source']}")
+            from generator import generator_of  # NumPy and Faker: not for every parse of this file
 
             started = time.monotonic()
             url = f"{roots[0]}/raw/{name}-{quote(dag_run.run_id, safe=':+')}.csv"
-            assert dataset.generated  # else there is no such task
-            size = dataset.generate(
+            size = generator_of(name)(
                 stored(url), rows=params["rows"], seed=params["seed"], updated_at=batch_time(dag_run)
             )
             say(ti, f"{url}: {params['rows']:,} {name}, {size / 1e6:,.1f} MB in {time.monotonic() - started:.1f} s")
@@ -242,7 +248,7 @@ def batch_dag(dataset: Dataset, doc: str | None = None) -> None:
         def find(made: Any = None, params: Any = None, dag_run: Any = None, ti: Any = None) -> list[dict[str, Any]]:
             """List the files of `source` in the order of their names, without those that the ledger knows."""
             if not params["source"]:
-                ti.xcom_push("summary", f"{made}, made by this run")
+                say(ti, f"{made}, made by this run")
                 return [{"url": made, "name": dag_run.run_id}]
             source = params["source"].replace("{date}", f"{batch_time(dag_run):%Y-%m-%d}")
             files = find_files(source, roots=roots, open_path=stored)

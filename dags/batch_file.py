@@ -24,7 +24,7 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 from batch_format import DEFAULT, Dialect, Format
-from batch_store import BatchError, Source, StoredPath, open_source, shown
+from batch_store import BatchError, Below, Source, StoredPath, open_source, shown
 from numpy.typing import NDArray
 
 log = logging.getLogger(__name__)
@@ -92,7 +92,7 @@ class BatchFile:
     :raises Exception: whatever else the store's client says, such as that the store can't be reached.
     """
 
-    def __init__(self, path: Path | StoredPath, file_format: Format = DEFAULT) -> None:
+    def __init__(self, path: Path | StoredPath | Below, file_format: Format = DEFAULT) -> None:
         self.path = shown(path)
         self.format, self.dialect = file_format, file_format.dialect
         self._file = open_source(path)

@@ -21,7 +21,7 @@ from batch_file import BOM, END_OF_DATA, STRAY_QUOTE, BatchFile, scan
 from batch_format import DEFAULT, Format
 from batch_landing import EXTRA_COLUMN, Landing
 from batch_rejects import LOST, Limit, Problem, Table, copy_statement, is_about_data, load_good_records, printable
-from batch_store import BatchError, StoredPath
+from batch_store import BatchError, Below, StoredPath
 from psycopg import Connection, Cursor, Error, Rollback, errors, sql
 from psycopg.pq import TransactionStatus
 from psycopg.rows import tuple_row
@@ -119,7 +119,7 @@ def load_batch(
     *,
     table: str,
     batch_id: str,
-    path: Path | StoredPath,
+    path: Path | StoredPath | Below,
     updated_at: datetime | None = None,
     max_rejects: int | str = 0,
     load_again: bool = False,

@@ -3,6 +3,7 @@
 Imports neither: whoever has such a path has the file system that it belongs to.
 """
 
+import errno
 import os
 import re
 import stat
@@ -46,6 +47,16 @@ class StoredPath(Protocol):
     def fs(self) -> Any: ...
 
 
+class Below(NamedTuple):
+    """A file on disk below a root, of which no part is a symbolic link: it is opened step by step, to be sure."""
+
+    root: str
+    parts: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return "/".join([self.root.rstrip("/"), *self.parts])
+
+
 class State(NamedTuple):
     """Bytes of a file, and what changes when it is written."""
 
@@ -73,20 +84,25 @@ class Source(Protocol):
         """What to say of two states that differ, by their bytes."""
 
 
-def shown(path: Path | StoredPath) -> str:
+def shown(path: "Path | StoredPath | Below | str") -> str:
     """The path as text for messages and the ledger. A user or connection stays; a password or signature does not."""
     text = re.sub(r"^(https?://[^?]*)\?.*", r"\1", str(path), flags=re.DOTALL)
     # A port is no password; S3 has no port there, and keys that may look like one.
     return re.sub(r"^(?:(s3a?://[^/:@]*):|(\w+://[^/:@]*):(?!\d+/))[^@]*@", r"\1\2@", text)
 
 
-def open_source(path: Path | StoredPath) -> Source:
+def version_of(info: dict[str, Any]) -> str | None:
+    """What tells one version of an object from the next, of what its store says of it; None when there is nothing."""
+    return next((str(info[name]) for name in VERSION if info.get(name)), None)
+
+
+def open_source(path: Path | StoredPath | Below) -> Source:
     """Open a batch file for reading.
 
     :raises BatchError: it is not there, or no file.
     :raises PermissionError: the store does not let us look at the object.
     """
-    if isinstance(path, str | os.PathLike):
+    if isinstance(path, Below | str | os.PathLike):
         return _open_file(path, shown(path))
     if path.protocol in LOCAL:
         return _open_file(path.path, shown(path))
@@ -110,18 +126,35 @@ class _File(FileIO):
         )
 
 
-def _open_file(path: str | os.PathLike[str], name: str) -> _File:
+def _open_file(path: str | os.PathLike[str] | Below, name: str) -> _File:
     try:
         # O_NONBLOCK: opening a FIFO would wait for its writer, for ever.
-        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        fd = _open_below(path) if isinstance(path, Below) else os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        raise _missing(name, getattr(error, "strerror", error)) from None
+        raise missing(name, getattr(error, "strerror", error)) from None
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
         raise BatchError(f"{name}: not a regular file")
     file = _File(fd, "rb")
     file.shown, file.opened = name, file.state()
     return file
+
+
+def _open_below(path: Below) -> int:
+    folder = os.open(path.root, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        for part in path.parts[:-1]:
+            folder, above = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=folder), folder
+            os.close(above)
+        return os.open(path.parts[-1], os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW, dir_fd=folder)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENOTDIR):
+            raise BatchError(
+                f"{path}: a symbolic link, or below one: none is followed below {path.root}. Bring the file itself."
+            ) from None
+        raise
+    finally:
+        os.close(folder)
 
 
 class _Object(RawIOBase):
@@ -196,7 +229,7 @@ class _Object(RawIOBase):
         info = self._ask(lambda: self.fs.info(self.path))
         if info["type"] != "file":
             raise BatchError(f"{self.shown}: not a regular file")
-        version = next((str(info[name]) for name in VERSION if info.get(name)), None)
+        version = version_of(info)
         if version is None:
             raise BatchError(
                 f"{self.shown}: the store does not tell one version of an object from the next, so it could be "
@@ -214,7 +247,7 @@ class _Object(RawIOBase):
         try:
             return question()
         except FileNotFoundError as error:
-            raise _missing(self.shown, f"no such object ({error})") from None
+            raise missing(self.shown, f"no such object ({error})") from None
         except PermissionError as error:
             raise PermissionError(
                 f"{self.shown}: {error}. The credentials are wrong or have expired, or may not read the object "
@@ -234,5 +267,6 @@ class _Object(RawIOBase):
         raise error
 
 
-def _missing(name: str, why: object) -> BatchError:
+def missing(name: str, why: object) -> BatchError:
+    """What to say of a file that is not there."""
     return BatchError(f"{name}: {why}. Has the file been moved, or not been delivered yet?")

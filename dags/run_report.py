@@ -42,8 +42,9 @@ def report_landed(ti: Any, table: str, files: Sequence[Any], finder: str, loader
     """
     from airflow.sdk.exceptions import AirflowFailException
 
-    reports = ti.xcom_pull(task_ids=[loader])
-    refused = ti.xcom_pull(task_ids=[loader], key="refused")
+    # Of all of its instances; where none has one, there is a None.
+    reports = [report for report in ti.xcom_pull(task_ids=[loader]) if report]
+    refused = [message for message in ti.xcom_pull(task_ids=[loader], key="refused") if message]
     known = ti.xcom_pull(task_ids=finder, key="known") or []
     files = files or []
     new = [report for report in reports if report["is_new"]]
@@ -55,8 +56,12 @@ def report_landed(ti: Any, table: str, files: Sequence[Any], finder: str, loader
     parts += [f"{lost:,} not loaded, see load_raw"] if lost else []
     summary = f"{table}: {counted(len(files) + len(known), 'file')}: {', '.join(parts)}"
     say(ti, summary)
+    for message in refused:
+        log.error("refused: %s", message)
     if refused or lost:
-        raise AirflowFailException("\n".join([f"{summary}. What was loaded is published all the same.", *refused]))
+        raise AirflowFailException(
+            f"{summary}. What was loaded is published all the same. Why others were not is above"
+        )
     return {"summary": summary, "loaded": len(new), "loaded_before": before}
 
 

@@ -33,7 +33,7 @@ THINGS = """
     SELECT raw.create_dataset('things');
 """
 ROWS = "SELECT thing_id, name, price::text, seen_at, extra, updated_at FROM raw.things ORDER BY row_id"
-MINIMUM = {"optional": ("name", "price", "seen_at", "updated_at")}
+MINIMUM: dict[str, Any] = {"optional": ("name", "price", "seen_at", "updated_at")}
 # By COPY alone, and by the way of a file that has bad records.
 by_both_ways = pytest.mark.parametrize("bad", [0, 1], ids=["copy", "sorted"])
 
@@ -268,7 +268,7 @@ def test_optional_columns_get_their_default(warehouse: Warehouse, load: Callable
 @pytest.mark.parametrize(
     ("declared", "error", "message"),
     [
-        ({"optional": ("thing_id", "name", "price", "seen_at", "updated_at")}, BatchError, "'thing_id' of raw.things, which is optional, but NOT"),
+        ({"optional": ("thing_id", *MINIMUM["optional"])}, BatchError, "'thing_id' of raw.things, which is optional"),
         ({"optional": ("colour",)}, ValueError, "names columns that it has not: colour"),
         ({"columns": {"a": "colour"}}, ValueError, "names columns that it has not: colour"),
         ({"time_zone": "Mars/Olympus"}, ValueError, "no time zone 'Mars/Olympus'"),
@@ -300,7 +300,7 @@ def test_keeping_extra_columns_needs_a_column_for_them(warehouse: Warehouse, loa
         ({"time_zone": "Europe/Berlin"}, "2026-07-01 12:00", "2026-07-01 10:00+00"),
         ({"time_zone": "Europe/Berlin"}, "2026-07-01 12:00+00", "2026-07-01 12:00+00"),
         ({"timestamps": {"seen_at": "YYYYMMDDHH24MISS"}}, "20260403120000", "2026-04-03 12:00+00"),
-        ({"timestamps": {"seen_at": "DD-MM-YY, HH24:MI"}, "time_zone": "Asia/Tokyo"}, '"03-04-26, 12:00"', "2026-04-03 03:00+00"),
+        ({"timestamps": {"seen_at": "DD-MM-YY"}, "time_zone": "Asia/Tokyo"}, "03-04-26", "2026-04-02 15:00+00"),
         ({"timestamps": {"seen_at": "epoch"}}, "1775217600.5", "2026-04-03 12:00:00.5+00"),
         ({"timestamps": {"seen_at": "epoch"}}, "", None),
     ],

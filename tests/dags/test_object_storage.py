@@ -366,7 +366,7 @@ def test_object_that_may_not_be_read_says_what_may_be_missing(warehouse: Warehou
     ],
 )
 def test_password_in_a_url_is_not_shown(url: str, expected: str) -> None:
-    assert shown(url) == expected  # type: ignore[arg-type]
+    assert shown(url) == expected
 
 
 def loader(warehouse: Warehouse, path: Any, batch_id: str = "a", pause_at: int = -1) -> subprocess.Popen[str]:
