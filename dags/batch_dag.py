@@ -101,8 +101,8 @@ class Dataset:
     :param source: the files of a run that names none: a path, a glob or a URL, below WAREHOUSE_DATA or a folder of
         WAREHOUSE_SOURCES; {date} is the run's.
     :param format: of these files.
-    :param schedule: when it runs by itself, as Airflow has it: "*/5 * * * *", "@daily". None: as WAREHOUSE_SCHEDULE says;
-        without that when it is triggered.
+    :param schedule: when it runs by itself, as Airflow has it: "*/5 * * * *", "@daily". None: as WAREHOUSE_SCHEDULE
+        says; without that when it is triggered.
     :param fresh_within: how long a run may take until it is reported as late.
     """
 
