@@ -7,13 +7,16 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo up down test screenshots compose-test lint format bench lock clean .env
+.PHONY: help demo run up down test screenshots compose-test lint format bench lock clean .env
 
 help: ## this list
 	@awk -F ':.*## ' '/^[.a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
 
 demo: .venv/local.ok ## from nothing to a warehouse: embedded PostgreSQL, migrations, three Airflow runs, the counts
 	@.venv/bin/python -m local demo
+
+run: .venv/local.ok ## one run of a DAG, without the UI: make run DAG=customers CONF='{"rows": 1000}'
+	@.venv/bin/python -m local run "$(or $(DAG),orders)" '$(CONF)'
 
 up: .venv/local.ok ## the Airflow UI on the embedded PostgreSQL, until Ctrl-C
 	@.venv/bin/python -m local up

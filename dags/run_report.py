@@ -31,22 +31,23 @@ def report_found(ti: Any, source: str, new: Sequence[Any], known: Sequence[Any],
     say(ti, summary)
 
 
-def report_landed(ti: Any, table: str, files: Sequence[Any], finder: str, loader: str) -> dict[str, Any]:
+def report_landed(ti: Any, table: str, files: Sequence[Any] | None, finder: str, loader: str) -> dict[str, Any]:
     """Say what became of each file of a run.
 
-    :param files: that were to be loaded.
+    :param files: that were to be loaded; None when they could not be found.
     :param finder: the task that found them, with XCom `known`.
     :param loader: the mapped task that loaded them: its results, and of those that failed XCom `refused`.
     :return: the summary, and how many files were loaded, loaded before, and refused.
     :raises AirflowFailException: not all of them are in.
     """
-    from airflow.sdk.exceptions import AirflowFailException
+    from airflow.sdk.exceptions import AirflowFailException, AirflowSkipException
 
+    if files is None:
+        raise AirflowSkipException(f"{finder} found no files: see there")
     # Of all of its instances; where none has one, there is a None.
     reports = [report for report in ti.xcom_pull(task_ids=[loader]) if report]
     refused = [message for message in ti.xcom_pull(task_ids=[loader], key="refused") if message]
     known = ti.xcom_pull(task_ids=finder, key="known") or []
-    files = files or []
     new = [report for report in reports if report["is_new"]]
     before = len(known) + len(reports) - len(new)
     lost = len(files) - len(reports) - len(refused)

@@ -1,4 +1,4 @@
-"""python -m local demo | up | down: what the Makefile's targets of these names run."""
+"""python -m local demo | run | up | down: what the Makefile's targets of these names run."""
 
 import argparse
 import fcntl
@@ -157,6 +157,26 @@ def demo(console: Console, stack: ExitStack) -> None:
     run_demo(console, env)
 
 
+def run_one(console: Console, stack: ExitStack, name: str, conf: str) -> None:
+    """One run of a DAG in this process, and what its tasks say.
+
+    :param conf: its params as JSON, or nothing.
+    :raises Failure: they are no JSON object, there is no such DAG, or a task failed.
+    """
+    try:
+        params = json.loads(conf or "{}")
+    except ValueError as error:
+        raise Failure(f"CONF is no JSON: {error}: {conf}") from None
+    if not isinstance(params, dict):
+        raise Failure(f'CONF is {conf}, and must be like {{"rows": 10}}')
+    check_data()
+    env = open_databases(console, stack, DEFAULT_PORT)
+    migrate_warehouse(console, env)
+    from local.demo import run_once  # imports nothing of Airflow before its environment is set
+
+    run_once(console, env, name, params)
+
+
 def up(console: Console, stack: ExitStack, port: int | None) -> None:
     """Airflow's three processes on the databases, until SIGINT or SIGTERM.
 
@@ -301,6 +321,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m local", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("demo", help="three runs of the DAG, then the counts")
+    one = commands.add_parser("run", help="one run of a DAG, and what its tasks say")
+    one.add_argument("dag", help="its name, such as orders or verify_orders")
+    one.add_argument("conf", nargs="?", default="", help="its params as JSON")
     commands.add_parser("up", help="the Airflow UI until Ctrl-C").add_argument(
         "--port",
         type=int,
@@ -332,6 +355,8 @@ def main() -> int:
             with ExitStack() as stack:
                 if arguments.command == "demo":
                     demo(console, stack)
+                elif arguments.command == "run":
+                    run_one(console, stack, arguments.dag, arguments.conf)
                 else:
                     up(console, stack, arguments.port)
         return 0

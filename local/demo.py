@@ -85,10 +85,26 @@ def run_demo(console: Console, env: dict[str, str]) -> None:
     gc.freeze()
 
 
-def load_dag(console: Console, env: dict[str, str]) -> Any:
-    """Make Airflow's database, if there is none, and return the DAG `orders`.
+def run_once(console: Console, env: dict[str, str], name: str, conf: dict[str, Any]) -> None:
+    """One run of a DAG, and what each task says of it.
 
-    :raises Failure: the DAG's file can't be imported.
+    :param conf: its params.
+    :raises Failure: a task failed, or there is no such DAG.
+    """
+    dag = load_dag(console, env, name)
+    from airflow.settings import dispose_orm
+
+    try:
+        run_dag(console, dag, f"run of DAG {name}", conf, say=True)
+    finally:
+        dispose_orm()
+        gc.freeze()
+
+
+def load_dag(console: Console, env: dict[str, str], name: str = "orders") -> Any:
+    """Make Airflow's database, if there is none, and return a DAG.
+
+    :raises Failure: there is no such DAG, or a file can't be imported.
     """
     os.environ.update(env)
     # Airflow makes millions of objects that stay. Looking for garbage among them took a third of the demo's time.
@@ -101,25 +117,44 @@ def load_dag(console: Console, env: dict[str, str]) -> Any:
         bag = BundleDagBag(ROOT / "dags", bundle_path=ROOT / "dags", bundle_name="dags-folder")
         if bag.import_errors:
             raise Failure("\n".join(bag.import_errors.values()))
-        dag = bag.dags["orders"]
+        if name not in bag.dags:
+            raise Failure(f"there is no DAG {name}, but {', '.join(sorted(bag.dags))}")
+        dag = bag.dags[name]
         for task in dag.tasks:
             task.retries = 0  # somebody waits at the terminal: say at once what is wrong
     return dag
 
 
-def run_dag(console: Console, dag: Any, step: str, conf: dict[str, int]) -> Any:
+def run_dag(console: Console, dag: Any, step: str, conf: dict[str, Any], say: bool = False) -> Any:
     """Run the DAG in this process and return its run.
 
+    :param say: what its tasks say of it, too.
     :raises Failure: a task failed; with its exception.
     """
-    with console.step(step):
-        run = dag.test(logical_date=None, run_conf=conf)
-        if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-            raise KeyboardInterrupt  # it came while a task ran, and Airflow took it for the task's failure
-        if run.state != "success":
-            failed = [ti.task_id for ti in run.get_task_instances() if ti.state == "failed"]
-            raise Failure(f"task {', '.join(failed)} failed: {cause(console.log)}")
+    run: Any = None
+    try:
+        with console.step(step):
+            run = dag.test(logical_date=None, run_conf=conf)
+            if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+                raise KeyboardInterrupt  # it came while a task ran, and Airflow took it for the task's failure
+            if run.state != "success":
+                failed = dict.fromkeys(task.task_id for task in run.get_task_instances() if task.state == "failed")
+                raise Failure(f"task {', '.join(failed)} failed: {cause(console.log)}")
+    finally:
+        for line in sentences(run) if say and run else []:
+            console.say(f"    {line}")
     return run
+
+
+def sentences(run: Any) -> list[str]:
+    """What the tasks of a run say that they did, in the order of their end."""
+    done = [task for task in run.get_task_instances() if task.state in ("success", "failed")]
+    said = [
+        (task.end_date, f"{task.task_id}: {summary}")
+        for task in done
+        if (summary := task.xcom_pull(task_ids=task.task_id, key="summary", map_indexes=task.map_index))
+    ]
+    return [sentence for _, sentence in sorted(said)]
 
 
 def cause(log: Path) -> str:
