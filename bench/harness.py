@@ -43,6 +43,16 @@ PEER_SECONDS = 1800  # a peer that takes longer is not run, with that reason
 NOT_FOR_PEERS = ("PYTHONPATH", "PYTHONHOME", "PYTHONDONTWRITEBYTECODE", "VIRTUAL_ENV")
 
 
+def refresh_of_orders(kind: str) -> str:
+    """The SQL that Airflow runs: of a swap, union or merge."""
+    if kind == "swap":
+        return (ROOT / "sql" / "transforms" / "stg.orders_latest.sql").read_text()
+    sys.path.append(str(ROOT / "dags"))
+    from stg_refresh import refresh_script
+
+    return refresh_script(kind, "orders_latest")
+
+
 class NotRun(Exception):  # a result, not an error of ours
     """A peer could not be installed, failed, or brought something else than it should. The message is the reason."""
 

@@ -41,15 +41,11 @@ from typing import Any
 import psycopg
 from psycopg import errors
 
-from bench.harness import PIPELINE, ROOT, STATE, new_warehouse, open_server, version_of
+from bench.harness import PIPELINE, ROOT, STATE, new_warehouse, open_server, refresh_of_orders, version_of
 from local.postgres import Server
 
 ANALYST = "-c role=de_dw_reader -c max_parallel_workers_per_gather=0"
-TRANSFORMS = {
-    "swap": ROOT / "sql" / "transforms" / "stg.orders_latest.sql",
-    "union": ROOT / "sql" / "transforms" / "stg.orders_latest.union.sql",
-    "merge": ROOT / "sql" / "transforms" / "stg.orders_latest.merge.sql",
-}
+REFRESHES = {kind: refresh_of_orders(kind) for kind in ("swap", "union", "merge")}
 # The kinds of readers of each process, and its pause in seconds after every read.
 PAUSES = {
     ("point lookup", "prepared", "no table"): 0.001,
@@ -274,14 +270,14 @@ def reading(warehouse: "Warehouse", tallies: dict[str, Tally]) -> Iterator[None]
 class Warehouse:
     """A database with one load published, and the way it is refreshed. Load n is refreshed before n + 1 is loaded."""
 
-    def __init__(self, url: str, transform: Path, file: Path, sums: dict[int, int]) -> None:
+    def __init__(self, url: str, transform: str, file: Path, sums: dict[int, int]) -> None:
         self.url, self.sums = url, sums
         self.header, *self.lines = file.read_bytes().splitlines(keepends=True)
         self.orders = len(self.lines)
         self.batch = file.with_name("batch.csv")
         self.loaded = self.refreshed = 1
         self.published = c_int64()  # the same for its readers
-        self.query = transform.read_bytes()
+        self.query = transform.encode()
         self.conn = psycopg.connect(url, autocommit=True, options=PIPELINE)
 
     def load(self) -> None:
@@ -377,7 +373,7 @@ def holding(url: str, really: bool) -> Iterator[None]:
             thread.join()
 
 
-def make_template(server: Server, orders: int, transforms: Sequence[Path], path: Path) -> None:
+def make_template(server: Server, orders: int, transforms: Sequence[str], path: Path) -> None:
     """A database "readers" with the orders of a new file, loaded and published."""
     from batch_load import load_batch
 
@@ -389,7 +385,7 @@ def make_template(server: Server, orders: int, transforms: Sequence[Path], path:
         load_batch(conn, table="raw.orders", batch_id="all", path=path)
     for transform in transforms:
         with psycopg.connect(url, autocommit=True, options=PIPELINE) as conn:
-            conn.execute(transform.read_bytes())
+            conn.execute(transform.encode())
     with psycopg.connect(url, autocommit=True) as conn:
         conn.execute(VIEW)
         conn.execute("VACUUM ANALYZE")
@@ -408,11 +404,11 @@ def run(arguments: Any) -> dict[str, Any]:
 
     with open_server("readers", arguments.postgresql) as server, TemporaryDirectory(dir=STATE) as folder:
         file = Path(folder) / "orders.csv"
-        make_template(server, orders, list(TRANSFORMS.values()), file)
+        make_template(server, orders, list(REFRESHES.values()), file)
         sums = sums_of_loads(orders, 1 + refreshes + with_long_reader)
         warehouses = {
-            name: Warehouse(new_warehouse(server, name, "readers"), path, file, sums)
-            for name, path in TRANSFORMS.items()
+            name: Warehouse(new_warehouse(server, name, "readers"), script, file, sums)
+            for name, script in REFRESHES.items()
         }
         cases = [Case("idle", warehouses["swap"], refreshes=False)]
         cases += [Case(name, warehouse) for name, warehouse in warehouses.items() if wanted(name)]

@@ -45,6 +45,7 @@ from bench.harness import (
     new_warehouse,
     open_server,
     print_table,
+    refresh_of_orders,
     run_process,
     version_of,
     versions,
@@ -210,9 +211,10 @@ def run_as_tool(warehouse: Warehouse, command: Sequence[str | Path], cwd: Path |
     return run_process(command, settings, cwd).seconds
 
 
-def run_transform(warehouse: Warehouse, name: str) -> float:
-    """Run a file of sql/transforms as Airflow does: as the pipeline's role, in one string."""
-    path = ROOT / "sql" / "transforms" / f"{name}.sql"
+def run_transform(warehouse: Warehouse, kind: str) -> float:
+    """Run a refresh as Airflow does: as the pipeline's role, in one string."""
+    path = WORK / f"{kind}.sql"
+    path.write_text(refresh_of_orders(kind))
     return run_as_tool(warehouse, [sys.executable, "-c", RUN_FILE, warehouse.url, PIPELINE, path])
 
 
@@ -245,8 +247,7 @@ def run_sqlmesh(warehouse: Warehouse) -> float:
 
 def of_ours(name: str) -> Tool:
     """swap, union or merge. The table that the last two find was made by a swap."""
-    transform = OUR_TABLE if name == "swap" else f"{OUR_TABLE}.{name}"
-    return Tool(name, OUR_TABLE, partial(run_transform, name=OUR_TABLE), partial(run_transform, name=transform))
+    return Tool(name, OUR_TABLE, partial(run_transform, kind="swap"), partial(run_transform, kind=name))
 
 
 def of_dbt(name: str, model: str) -> Tool:

@@ -23,12 +23,12 @@ from bench.harness import (
     new_warehouse,
     open_server,
     print_table,
+    refresh_of_orders,
     say,
     version_of,
 )
 
 ROWS, BATCH, BATCHES_A_RUN = 100_000_000, 1_000_000, 10
-TRANSFORMS = ROOT / "sql" / "transforms"
 # What may find the rows of a load. Partitions of ten loads each need no index to find one load in ten.
 LAYOUTS = {
     "no index": "DROP INDEX raw.orders_load_id_brin",
@@ -207,8 +207,7 @@ def one_more(conn: psycopg.Connection[Any], owner: psycopg.Connection[Any], orde
 
 
 def refresh(conn: psycopg.Connection[Any], kind: str) -> float:
-    suffix = "" if kind == "swap" else f".{kind}"
-    return timed(conn, (TRANSFORMS / f"stg.orders_latest{suffix}.sql").read_text())
+    return timed(conn, refresh_of_orders(kind))
 
 
 def timed(conn: psycopg.Connection[Any], script: str) -> float:
@@ -219,7 +218,7 @@ def timed(conn: psycopg.Connection[Any], script: str) -> float:
 
 def verify(conn: psycopg.Connection[Any], after: str) -> list[str]:
     """What is wrong with stg.orders_latest, if anything."""
-    ((*counts, _),) = conn.execute((TRANSFORMS / "stg.orders_latest.verify.sql").read_bytes()).fetchall()
+    ((*counts, _),) = conn.execute("SELECT * FROM stg.verify('orders_latest')").fetchall()
     return [f"scale: after {after} missing, extra, different: {counts}"] if any(counts) else []
 
 

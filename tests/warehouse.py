@@ -155,7 +155,7 @@ class Warehouse:
             conn.execute("COMMIT")
 
     def run(self, transform: str, *, notices: list[str] | None = None, settings: str = "") -> int:
-        """Run sql/transforms/<transform>.sql, or stg.<table>.merge or .union, as Airflow does, and return the number of rows it wrote."""
+        """Run sql/transforms/<transform>.sql, or stg.<table>.merge or .union, as Airflow does: the rows it wrote."""
 
         def keep(said: psycopg.errors.Diagnostic) -> None:
             if notices is not None:

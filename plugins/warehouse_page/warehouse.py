@@ -40,7 +40,14 @@ EXAMPLE_CHARACTERS = 500
 CHARACTERS = 1000  # of a rejected record; it may have a gigabyte
 COUNT_VERSIONS_UP_TO = 2_000_000  # rows: more than that takes longer than anybody waits for a page
 
-TABLES = "SELECT table_name, source_table FROM stg.table_versions ORDER BY table_name ASC"
+TABLES = """
+SELECT
+    table_name,
+    source_table,
+    (SELECT max(l.load_id) FROM raw.loads AS l WHERE l.table_name = v.source_table) AS last_load
+FROM stg.table_versions AS v
+ORDER BY table_name ASC
+"""
 TABLE = "SELECT *, now() AS now FROM ops.tables WHERE table_name = %(table)s"
 KEY = """
 SELECT string_agg(a.attname, ', ' ORDER BY a.attnum ASC) AS columns
@@ -358,8 +365,8 @@ async def versions(conn: Warehouse, table: str | None) -> tuple[str, str, list[D
 
 async def _choose(conn: Warehouse, table: str | None) -> tuple[list[str], DictRow | None]:
     tables = await _rows(conn, TABLES)
-    if table is None:
-        chosen = tables[0] if tables else None
+    if table is None:  # where something has happened last
+        chosen = max(tables, key=lambda row: row["last_load"] or 0, default=None)
     else:
         chosen = next((row for row in tables if row["table_name"] == table), None)
         if chosen is None:

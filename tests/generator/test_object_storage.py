@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from generator import orders
 from generator.orders import generate_orders, write_orders
 from tests.s3 import S3
 from tests.warehouse import ROOT, wait_until

@@ -136,7 +136,9 @@ def test_up_serves_the_ui_runs_what_is_triggered_and_stops_whole(clone: Path, up
     tasks = up.call("GET", "/api/v2/dags/orders/dagRuns/one/taskInstances")["task_instances"]
     assert {task["task_id"]: (task["state"], task["try_number"]) for task in tasks} == {
         "generate_batch": ("success", 1),
+        "find_files": ("success", 1),
         "load_raw": ("success", 1),
+        "report_files": ("success", 1),
         "check_batch": ("success", 1),
         "choose_refresh": ("success", 1),
         "swap_latest": ("skipped", 0),
@@ -150,7 +152,8 @@ def test_up_serves_the_ui_runs_what_is_triggered_and_stops_whole(clone: Path, up
     )
     wait_until(lambda: up.call("GET", "/api/v2/dags/orders/dagRuns/one")["state"] in ("queued", "running"), 30)
     assert up.finish("one") == "success"
-    loaded = up.call("GET", "/api/v2/dags/orders/dagRuns/one/taskInstances/load_raw/xcomEntries/return_value")["value"]
+    returned = "/api/v2/dags/orders/dagRuns/one/taskInstances/load_raw/xcomEntries/return_value?map_index=0"
+    loaded = up.call("GET", returned)["value"]
     assert "'is_new': False" in str(loaded) or '"is_new": false' in str(loaded)
 
     refused = make(clone, "demo")

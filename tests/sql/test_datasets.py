@@ -1,4 +1,4 @@
-"""A table that a migration makes a dataset: every refresh, verification, replay, tombstones; and its like, raw.orders."""
+"""A table that a migration makes a dataset: every refresh, verification, replay, tombstones; it is like raw.orders."""
 
 import pytest
 from psycopg import errors
@@ -89,7 +89,11 @@ def test_newer_version_than_the_tombstone_brings_the_key_back(things: Warehouse,
     refresh_by(things, refresh)
     things.given(
         "raw.things",
-        "shop | thing_id | is_deleted | price | updated_at\na | 1 | false | 5 | 2026-01-04\na | 1 | NULL | 6 | 2026-01-05",
+        """
+        shop | thing_id | is_deleted | price | updated_at
+        a    | 1        | false      | 5     | 2026-01-04
+        a    | 1        | NULL       | 6     | 2026-01-05
+        """,
     )
 
     refresh_by(things, refresh)
@@ -141,7 +145,7 @@ def test_tombstones_are_remembered_from_one_kind_of_refresh_to_the_next(
 def test_every_kind_makes_the_same_rows_of_a_long_history(things: Warehouse) -> None:
     for load in range(12):
         rows = "\n".join(
-            f"a | {(load * 7 + n * 5) % 23} | {load} | {'true' if (load + n) % 4 == 0 else 'NULL'} | 2026-01-{(load * 5 + n) % 9 + 1:02}"
+            f"a | {(load * 7 + n * 5) % 23} | {load} | {(load + n) % 4 == 0} | 2026-01-{(load * 5 + n) % 9 + 1:02}"
             for n in range(10)
         )
         things.given("raw.things", f"shop | thing_id | price | is_deleted | updated_at\n{rows}")
@@ -158,13 +162,21 @@ def test_every_kind_makes_the_same_rows_of_a_long_history(things: Warehouse) -> 
         ("DELETE FROM stg.things_latest_live WHERE thing_id = 2", (1, 0, 0, 1)),
         ("DELETE FROM stg.things_latest_deleted", (1, 0, 0, 1)),
         ("UPDATE stg.things_latest_live SET price = 2.0", (0, 0, 1, 2)),
-        ("INSERT INTO stg.things_latest_live SELECT * FROM stg.things_latest_deleted; DELETE FROM stg.things_latest_deleted", (0, 0, 1, 2)),
+        (
+            "INSERT INTO stg.things_latest_live SELECT * FROM stg.things_latest_deleted;"
+            "DELETE FROM stg.things_latest_deleted",
+            (0, 0, 1, 2),
+        ),
     ],
-)  # fmt: skip
+)
 def test_verification_finds_what_somebody_else_changed(things: Warehouse, change: str, found: tuple[int, ...]) -> None:
     things.given(
         "raw.things",
-        "shop | thing_id | price | is_deleted | updated_at\na | 1 | 1 | true | 2026-01-01\na | 2 | 2 | NULL | 2026-01-01",
+        """
+        shop | thing_id | price | is_deleted | updated_at
+        a    | 1        | 1     | true       | 2026-01-01
+        a    | 2        | 2     | NULL       | 2026-01-01
+        """,
     )
     refresh_by(things, "merge")
     things.alter(change)
