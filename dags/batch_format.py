@@ -15,7 +15,10 @@ EXTRA = ("refuse", "ignore", "keep")
 DATE_ORDERS = ("YMD", "DMY", "MDY")
 # What PostgreSQL takes for neither delimiter nor quote of CSV, or what would make a file ambiguous.
 NO_DELIMITER = "\r\n\0\\."
-EPOCH = "epoch"
+# Instants as numbers: how many of what are a second.
+EPOCHS = {"epoch": (1, "seconds"), "epoch_ms": (1000, "milliseconds")}
+# What depends on the server's language, or what PostgreSQL writes in its own time zone, whatever was read.
+NO_PATTERN = re.compile("TZ|OF|TM", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,8 @@ class Format:
     :param date_order: what 03/04/2026 is, as in PostgreSQL's DateStyle. A date that begins with its year is clear.
     :param time_zone: of instants without an offset, such as "Europe/Berlin".
     :param timestamps: of columns that PostgreSQL would not read: column -> a pattern of its to_timestamp, such as
-        "YYYYMMDDHH24MISS", or "epoch" for seconds since 1970. A value that does not come out as it went in is bad.
+        "YYYYMMDDHH24MISS", or "epoch" for seconds since 1970, "epoch_ms" for milliseconds. A value that does not come
+        out as it went in is bad.
     :raises ValueError: one of them is none.
     """
 
@@ -67,6 +71,12 @@ class Format:
         for name, choices in (("extra", EXTRA), ("date_order", DATE_ORDERS)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, and must be one of {', '.join(choices)}")
+        for column, pattern in self.timestamps.items():
+            if not pattern.strip() or NO_PATTERN.search(re.sub(r'"[^"]*"', "", pattern)):
+                raise ValueError(
+                    f"the pattern {pattern!r} of {column} must have something in it, but not TZ, OF or TM: PostgreSQL "
+                    f"reads these but does not write them as they were. What is no part of it belongs in double quotes"
+                )
         if isinstance(self.optional, str):
             raise ValueError(f"optional is {self.optional!r}, and must be a tuple of columns")
 

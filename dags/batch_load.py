@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 
 from batch_file import BOM, END_OF_DATA, STRAY_QUOTE, BatchFile, scan
 from batch_format import DEFAULT, Format
-from batch_landing import EXTRA_COLUMN, Landing
-from batch_rejects import LOST, Limit, Problem, Table, copy_statement, is_about_data, load_good_records, printable
+from batch_landing import EXTRA_COLUMN, LOST, Landing, Table, copy_statement
+from batch_rejects import Limit, Problem, is_about_data, load_good_records, printable
 from batch_store import BatchError, Below, StoredPath
 from psycopg import Connection, Cursor, Error, Rollback, errors, sql
 from psycopg.pq import TransactionStatus
@@ -320,15 +320,15 @@ def _load(
         landing = Landing.of(cur, table, file, extra, load_id)
         try:
             with cur.connection.transaction():
-                rows, rejects = _copy(cur, landing.table, file), 0
+                rows, rejects = _copy(cur, landing, file), 0
         except (Error, _NotAsReceived) as error:
             if isinstance(error, Error) and not is_about_data(error):
                 raise
             problem = str(Problem.of(error)) if isinstance(error, Error) else str(error)
             first_problem = printable(f"{file.path}, {problem}")
             log.warning("%s. Now looking at each record.", first_problem)
-            rows, rejects = load_good_records(cur, landing.table, file, limit, first_problem, table.quarantine)
-        landing.move(cur, table, file, rows)
+            rows, rejects = load_good_records(cur, landing, file, limit, first_problem)
+        landing.drop(cur)
         # What the caller inserts is not of this load.
         cur.execute("SELECT set_config('de_dw.load_id', '', true), set_config('de_dw.updated_at', '', true)")
         row = _LedgerRow(load_id, batch_id, rows, rejects, file.size, file.sha256)
@@ -356,15 +356,15 @@ def _load(
     return found, is_new
 
 
-def _copy(cur: Cursor[Any], table: Table, file: BatchFile) -> int:
-    """COPY the file as it is, and return the number of rows."""
+def _copy(cur: Cursor[Any], landing: Landing, file: BatchFile) -> int:
+    """COPY the file as it is, and return the number of rows that came to its table."""
     quotes = 0
     records = -1  # without the header
     tail = NEWLINE  # the end of the block before: a line may begin in one block and end in the next
     skip = len(BOM) if file.has_bom else 0
     stopped: Exception | None = None
     try:
-        with cur.copy(copy_statement(table, file)) as copy:
+        with cur.copy(copy_statement(landing, file)) as copy:
             # An exception here would make psycopg log what the server says to it, with all values of a row.
             try:
                 for block in file.blocks():
@@ -393,6 +393,7 @@ def _copy(cur: Cursor[Any], table: Table, file: BatchFile) -> int:
             raise
     if stopped is not None:
         raise stopped
-    if cur.rowcount != records:
-        raise BatchError(f"{file.path}: {cur.rowcount:,} rows came of {records:,} records. Nothing was loaded. {LOST}")
-    return cur.rowcount
+    rows = landing.move(cur, cur.rowcount)
+    if rows != records:
+        raise BatchError(f"{file.path}: {rows:,} rows came of {records:,} records. Nothing was loaded. {LOST}")
+    return rows

@@ -254,6 +254,80 @@ def test_bad_record_of_a_file_with_extra_columns_is_named_as_in_one_without(
     ]
 
 
+RULES_OF_THE_TABLE = {
+    "index": ("CREATE UNIQUE INDEX thing_is_there_once ON raw.things (thing_id)", 1),
+    "foreign key": (
+        """
+            CREATE TABLE public.known (id bigint PRIMARY KEY);
+            INSERT INTO public.known VALUES (2), (3);
+            ALTER TABLE raw.things ADD FOREIGN KEY (thing_id) REFERENCES public.known
+        """,
+        2,
+    ),
+    "trigger": (
+        """
+            CREATE FUNCTION public.refuse() RETURNS trigger LANGUAGE plpgsql AS
+                'BEGIN IF NEW.thing_id = 1 THEN RAISE EXCEPTION $m$no 1$m$; END IF; RETURN NEW; END';
+            CREATE TRIGGER t BEFORE INSERT ON raw.things FOR EACH ROW EXECUTE FUNCTION public.refuse()
+        """,
+        2,
+    ),
+    "rule of extra columns": ("ALTER TABLE raw.things ADD CHECK (extra ->> 'more' <> 'a')", 2),
+    "collation": ("ALTER TABLE raw.things ALTER name TYPE text COLLATE \"C\", ADD CHECK (name < 'a')", 1),
+}
+
+
+@pytest.mark.parametrize("bad", [0, 1])
+@pytest.mark.parametrize("rule", RULES_OF_THE_TABLE)
+def test_rules_that_only_the_table_itself_can_judge_hold_for_files_with_extra_columns(
+    warehouse: Warehouse, load: Callable[..., Load], rule: str, bad: int
+) -> None:
+    statement, rejects = RULES_OF_THE_TABLE[rule]
+    warehouse.alter(statement)
+    content = "thing_id,name,more\n1,B,a\n1,b,a\n2,Z,c\n3,C,d\n"
+    with pytest.raises(BatchError, match=rf"{rejects + bad} of {4 + bad} records are bad"):
+        load(content, extra="keep", bad=bad, max_rejects=rejects + bad - 1)
+
+    loaded = load(content, extra="keep", max_rejects=rejects + bad, bad=bad)
+
+    assert (loaded.rows, loaded.rejects) == (4 - rejects, rejects + bad)
+    assert [row[0] for row in warehouse.rows(ROWS)] == [1, 2, 3][rejects - 1 :]
+    ours = "SELECT count(*) FROM pg_class WHERE relname LIKE 'de_dw_load%'"
+    assert warehouse.rows(ours) == [(0,)]
+
+
+def test_trigger_fills_in_what_a_file_with_extra_columns_lacks(warehouse: Warehouse, load: Callable[..., Load]) -> None:
+    warehouse.alter("""
+        CREATE FUNCTION public.fill() RETURNS trigger LANGUAGE plpgsql AS
+            'BEGIN NEW.thing_id := coalesce(NEW.thing_id, 0); RETURN NEW; END';
+        CREATE TRIGGER t BEFORE INSERT ON raw.things FOR EACH ROW EXECUTE FUNCTION public.fill()
+    """)
+
+    assert load("thing_id,more\n,2\n", extra="ignore").rows == 1
+
+
+@by_both_ways
+def test_extra_columns_may_have_any_names(warehouse: Warehouse, load: Callable[..., Load], bad: int) -> None:
+    names = [
+        "",
+        "column 2",
+        "load_id",
+        "ctid",
+        "extra",
+        "order of the file",
+        "%s",
+        "Ünï",
+        "Ü" * 40,
+        "x" * 200,
+        "X" * 200,
+    ]
+    header = ",".join(["thing_id", *names])
+
+    load(f"{header}\n1,{','.join(map(str, range(len(names))))}\n", extra="keep", bad=bad)
+
+    assert [row[4] for row in warehouse.rows(ROWS)] == [{name: str(n) for n, name in enumerate(names)}]
+
+
 def test_extra_columns_are_refused_by_default(load: Callable[..., Load]) -> None:
     with pytest.raises(BatchError, match="unknown: 'more'"):
         load("thing_id,more\n1,2\n")
@@ -273,7 +347,7 @@ def test_optional_columns_get_their_default(warehouse: Warehouse, load: Callable
         ({"columns": {"a": "colour"}}, ValueError, "names columns that it has not: colour"),
         ({"time_zone": "Mars/Olympus"}, ValueError, "no time zone 'Mars/Olympus'"),
     ],
-)  # fmt: skip
+)
 def test_declaration_that_does_not_fit_the_table_is_refused(
     load: Callable[..., Load], declared: dict[str, Any], error: type[Exception], message: str
 ) -> None:
@@ -302,9 +376,11 @@ def test_keeping_extra_columns_needs_a_column_for_them(warehouse: Warehouse, loa
         ({"timestamps": {"seen_at": "YYYYMMDDHH24MISS"}}, "20260403120000", "2026-04-03 12:00+00"),
         ({"timestamps": {"seen_at": "DD-MM-YY"}, "time_zone": "Asia/Tokyo"}, "03-04-26", "2026-04-02 15:00+00"),
         ({"timestamps": {"seen_at": "epoch"}}, "1775217600.5", "2026-04-03 12:00:00.5+00"),
+        ({"timestamps": {"seen_at": "epoch"}}, "-1.000001", "1969-12-31 23:59:58.999999+00"),
+        ({"timestamps": {"seen_at": "epoch_ms"}}, "1775217600123", "2026-04-03 12:00:00.123+00"),
         ({"timestamps": {"seen_at": "epoch"}}, "", None),
     ],
-)  # fmt: skip
+)
 def test_instants_are_read_as_it_is_declared(
     warehouse: Warehouse, load: Callable[..., Load], bad: int, declared: Any, value: str, instant: str | None
 ) -> None:
@@ -323,20 +399,40 @@ def test_instants_are_read_as_it_is_declared(
         ("YYYYMMDD", "20260230"),
         ("YYYYMMDD", "tomorrow"),
         ("DD/MM/YYYY", "3/4/2026"),
-        ("epoch", "noon"),
+        *(
+            ("epoch", value)
+            for value in ("noon", "Infinity", "nan", "1e3", " 5 ", "0x1F", "1775217600.1234567", "9" * 30)
+        ),
+        ("epoch_ms", "1775217600123.1234"),
     ],
 )
 def test_value_that_does_not_come_out_of_the_pattern_as_it_went_in_is_bad(
     warehouse: Warehouse, load: Callable[..., Load], pattern: str, value: str
 ) -> None:
     content = f"thing_id,seen_at\n1,{value}\n2,\n"
-    with pytest.raises(BatchError, match="line 2"):
+    with pytest.raises(BatchError, match=f"line 2, column seen_at, value '{value}': not a "):
         load(content, timestamps={"seen_at": pattern})
 
     loaded = load(content, timestamps={"seen_at": pattern}, max_rejects=1)
 
     assert (loaded.rows, loaded.rejects) == (1, 1)
-    assert warehouse.rows("SELECT line_number FROM raw.things_rejects") == [(2,)]
+    assert warehouse.rows("SELECT line_number, column_name FROM raw.things_rejects") == [(2, "seen_at")]
+
+
+@pytest.mark.parametrize(("type_", "kept"), [("date", "20260403000000"), ("timestamptz(0)", "20260403120001")])
+def test_column_without_room_for_all_of_an_instant_takes_only_those_that_it_holds(
+    warehouse: Warehouse, load: Callable[..., Load], type_: str, kept: str
+) -> None:
+    warehouse.alter(f"ALTER TABLE raw.things ALTER seen_at TYPE {type_}")
+
+    loaded = load(
+        f"thing_id,seen_at\n1,{kept}.000\n2,20260403120001.600\n",
+        timestamps={"seen_at": "YYYYMMDDHH24MISS.MS"},
+        max_rejects=1,
+    )
+
+    assert (loaded.rows, loaded.rejects) == (1, 1)
+    assert warehouse.rows("SELECT line_number FROM raw.things_rejects") == [(3,)]
 
 
 def test_rules_of_a_column_that_is_converted_hold(warehouse: Warehouse, load: Callable[..., Load]) -> None:
@@ -349,6 +445,7 @@ def test_rules_of_a_column_that_is_converted_hold(warehouse: Warehouse, load: Ca
     assert (loaded.rows, loaded.rejects) == (1, 2)
     reasons = [reason for (reason,) in warehouse.rows("SELECT reason FROM raw.things_rejects ORDER BY line_number")]
     assert "updated_at_is_not_in_the_future" in reasons[0]
+    assert warehouse.rows("SELECT column_name FROM raw.things_rejects") == [("updated_at",)] * 2
     assert "null value" in reasons[1]
 
 
@@ -396,6 +493,8 @@ def test_file_with_extra_columns_is_loaded_once_too(warehouse: Warehouse, load: 
         ({"extra": "drop"}, "extra is 'drop', and must be one of refuse, ignore, keep"),
         ({"date_order": "YDM"}, "must be one of YMD, DMY, MDY"),
         ({"optional": "name"}, "must be a tuple"),
+        ({"timestamps": {"seen_at": ""}}, "pattern '' of seen_at must have something in it"),
+        ({"timestamps": {"seen_at": "YYYYMMDDTZH"}}, "but not TZ, OF or TM"),
     ],
 )
 def test_format_that_is_none_is_refused_when_it_is_declared(declared: dict[str, Any], message: str) -> None:
