@@ -13,7 +13,7 @@ import re
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -136,7 +136,7 @@ def load_batch(
     :param path: a CSV file with a header line, as it is or packed with gzip. Only read, in blocks of 64 KiB. An
         object of a store too, by a path such as airflow.sdk.ObjectStoragePath("s3://aws_default@bucket/orders.csv").
     :param updated_at: the moment that all rows of the batch share, for the ledger, and for columns whose DEFAULT is the
-        setting de_dw.updated_at.
+        setting de_dw.updated_at. Without an offset it is in UTC.
     :param max_rejects: how many records may be bad, as a number or a percentage such as "1%". They are kept in the
         table's quarantine (of raw.orders: raw.orders_rejects), and the others are loaded.
     :param load_again: load the bytes though another batch has brought them before.
@@ -158,6 +158,8 @@ def load_batch(
     if conn.autocommit and conn.info.transaction_status == TransactionStatus.IDLE:
         raise ValueError("load_batch needs a transaction, but the connection is in autocommit mode")
     limit = Limit(max_rejects)
+    if updated_at and updated_at.tzinfo is None:  # the session may have the time zone of the file
+        updated_at = updated_at.replace(tzinfo=UTC)
     started = time.monotonic()
     if conn.info.parameter_status("server_encoding") != "UTF8":
         raise ValueError(f"the database's encoding is {conn.info.parameter_status('server_encoding')}, not UTF8")
@@ -238,15 +240,17 @@ def _check_header(cur: Cursor[Any], table: Table, file: BatchFile) -> list[str]:
     :return: the names of columns that the table does not have, and the file may.
     """
     cur.execute(
-        "SELECT attname::text, attnotnull AND NOT atthasdef, attname = %s AND atttypid = 'jsonb'::regtype"
+        "SELECT attname::text, attnotnull AND NOT atthasdef AND attidentity = '',"
+        " attname = %s AND atttypid = 'jsonb'::regtype, attidentity = 'd'"
         " FROM pg_attribute WHERE attrelid = %s::regclass AND attnum > 0 AND NOT attisdropped"
-        " AND attgenerated = '' AND attidentity = '' AND attname <> ALL (%s) ORDER BY attnum",
+        " AND attgenerated = '' AND attidentity <> 'a' AND attname <> ALL (%s) ORDER BY attnum",
         (EXTRA_COLUMN, table.quoted, list(OWN_COLUMNS)),
     )
     found = cur.fetchall()
-    has_extra = any(is_extra for *_, is_extra in found)
-    required = {name: is_required for name, is_required, is_extra in found if not is_extra}
+    has_extra = any(is_extra for _, _, is_extra, _ in found)
+    required = {name: is_required for name, is_required, is_extra, _ in found if not is_extra}
     declared = file.format
+    optional = {*declared.optional, *(name for name, _, _, is_counted in found if is_counted)}
     named = [*declared.optional, *declared.columns.values(), *declared.timestamps]
     if strange := [name for name in dict.fromkeys(named) if name not in required]:
         raise ValueError(f"the format of {table} names columns that it has not: {', '.join(strange)}")
@@ -259,9 +263,13 @@ def _check_header(cur: Cursor[Any], table: Table, file: BatchFile) -> list[str]:
         raise ValueError(f"{table} has no column {EXTRA_COLUMN} jsonb to keep extra columns in: add one by a migration")
     unknown = [name for name in dict.fromkeys(file.columns) if name not in required]
     problems = {
-        "missing": [name for name in required if name not in file.columns and name not in declared.optional],
+        "missing": [name for name in required if name not in file.columns and name not in optional],
         "unknown": unknown if declared.extra == "refuse" else [],
-        "more than once": [name for name, times in Counter(file.columns).items() if times > 1],
+        "more than once": [
+            name
+            for name, times in Counter(file.columns).items()
+            if times > 1 and not (declared.extra == "ignore" and name in unknown)
+        ],
     }
     if any(problems.values()):
         given = {column: name for name, column in zip(file.names, file.columns, strict=True) if name != column}

@@ -1,6 +1,8 @@
 """dags/batch_format.py and batch_landing.py: files of strangers, declared once, by both ways into the table."""
 
+import codecs
 import csv
+import encodings.aliases
 import gzip
 import hashlib
 import io
@@ -12,7 +14,7 @@ from typing import Any
 import batch_file
 import pytest
 from batch_file import BatchFile, fields
-from batch_format import Format
+from batch_format import ENCODINGS, Format
 from batch_load import BatchError, Load, load_batch
 from batch_rejects import _text
 from hypothesis import given
@@ -49,6 +51,8 @@ def load(warehouse: Warehouse, tmp_path: Path) -> Callable[..., Load]:
         bad: int = 0,
         written_in: str = "utf-8",
         pack: Any = None,
+        batch_id: str = "a",
+        updated_at: datetime = NOW,
         max_rejects: int = 0,
         **declared: Any,
     ) -> Load:
@@ -60,9 +64,9 @@ def load(warehouse: Warehouse, tmp_path: Path) -> Callable[..., Load]:
             return load_batch(
                 conn,
                 table="raw.things",
-                batch_id="a",
+                batch_id=batch_id,
                 path=path,
-                updated_at=NOW,
+                updated_at=updated_at,
                 max_rejects=max_rejects or bad,
                 file_format=Format(**MINIMUM | declared),
             )
@@ -130,6 +134,16 @@ def test_sha256_is_that_of_the_bytes_and_not_of_the_text(load: Callable[..., Loa
         ("thing_id,name\n1,a\n".encode("utf-16-le") + b"\x00\xd8\n\x00", "utf-16-le", "line 3: not utf-16-le"),
         ("thing_id,name\n1,a\n".encode("utf-16"), "utf-8", "UTF-16 text: declare the dataset's encoding"),
         ("thing_id,name\n1,ü\n".encode("latin-1"), "utf-8", "invalid byte sequence|not UTF-8"),
+        (b"thing_id,name\r1,a\r2,b\x81\r", "cp1252", "line 3: not cp1252: 0x81 is no character of it"),
+        ("thing_id,name\n1,香\n".encode("gb18030") + b"2,\x80\n", "gb18030", "line 3: not gb18030: 0x80"),
+        ("thing_id,größe\n1,a\n".encode("latin-1"), "utf-8", "line 1: .* not UTF-8: byte 0xf6 .* Declare the"),
+        ("thing_id,name\n1,a\n".encode("utf-16-le"), "utf-8", "UTF-16 text without its mark"),
+        (b"thing_id,na\0me\n1,a\n", "utf-8", "line 1: the header can't be read: it has a NUL byte"),
+        ("thing_id,name\n1,a\n".encode("utf-16"), "latin-1", "UTF-16 text: declare the dataset's encoding"),
+        ("\ufeffthing_id\n1\n".encode("utf-16-le"), "utf-16-be", "begins with the mark of utf-16-le, but"),
+        ("\ufeffname,thing_id\na,1\n".encode(), "cp1252", "begins with the mark of utf-8, but .* declared as cp1252"),
+        (gzip.compress(gzip.compress(b"thing_id\n1\n")), "latin-1", "gzip within gzip"),
+        ("thing_id,name\n1,a".encode("latin-1"), "latin-1", "the last line has no line end"),
     ],
 )
 def test_bytes_that_are_no_text_of_the_encoding_are_refused(
@@ -140,22 +154,48 @@ def test_bytes_that_are_no_text_of_the_encoding_are_refused(
     path.write_bytes(content)
 
     with warehouse.connect() as conn, pytest.raises(BatchError, match=message):
-        load_batch(conn, table="raw.things", batch_id="a", path=path, file_format=Format(**MINIMUM, encoding=encoding))
+        load_batch(
+            conn,
+            table="raw.things",
+            batch_id="a",
+            path=path,
+            file_format=Format(**MINIMUM, encoding=encoding, extra="ignore"),
+        )
 
     assert warehouse.rows("SELECT count(*) FROM raw.things") == [(0,)]
 
 
 @given(
     text=st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=60),
+    encoding=st.sampled_from(["utf-16", "utf-16-be", "gb18030", "euc_jp", "cp932", "big5"]),
     block=st.integers(1, 7),
 )
-def test_characters_may_lie_across_blocks(tmp_path_factory: pytest.TempPathFactory, text: str, block: int) -> None:
+def test_characters_may_lie_across_blocks(
+    tmp_path_factory: pytest.TempPathFactory, text: str, encoding: str, block: int
+) -> None:
+    text = f"a\n{text}\n".encode(encoding, errors="ignore").decode(encoding)
     path = tmp_path_factory.getbasetemp() / "across.csv"
-    for encoding in ("utf-16", "utf-16-be"):
-        path.write_bytes(f"a\n{text}\n".encode(encoding))
-        with pytest.MonkeyPatch.context() as patch, BatchFile(path, Format(encoding=encoding)) as file:
-            patch.setattr(batch_file, "BLOCK_BYTES", block)
-            assert b"".join(file.blocks()).decode() == f"a\n{text}\n"
+    path.write_bytes(text.encode(encoding))
+
+    with pytest.MonkeyPatch.context() as patch, BatchFile(path, Format(encoding=encoding)) as file:
+        patch.setattr(batch_file, "BLOCK_BYTES", block)
+        assert b"".join(file.blocks()).decode() == text
+
+
+def test_encodings_of_single_bytes_have_ascii_and_no_character_twice() -> None:
+    names = set(encodings.aliases.aliases.values()) - {"mbcs", "oem"}  # of Windows
+    tables = {
+        name: [bytes([byte]).decode(name, errors="ignore") for byte in range(256)]
+        for name in names
+        if ENCODINGS.fullmatch(codecs.lookup(name).name) and not name.startswith("utf")
+    }
+
+    assert {"latin_1", "cp1252", "cp850", "koi8_r", "mac_roman", "shift_jis"} <= set(tables)
+    assert not {"cp037", "cp500", "cp864"} & set(tables)  # their commas, line ends or percent signs are other bytes
+    for name, characters in tables.items():
+        assert characters[:128] == [chr(byte) for byte in range(128)], name
+        found = [character for character in characters if character]
+        assert len(set(found)) == len(found), name
 
 
 @given(
@@ -328,6 +368,35 @@ def test_extra_columns_may_have_any_names(warehouse: Warehouse, load: Callable[.
     assert [row[4] for row in warehouse.rows(ROWS)] == [{name: str(n) for n, name in enumerate(names)}]
 
 
+def test_columns_that_are_ignored_may_have_one_name_or_none(warehouse: Warehouse, load: Callable[..., Load]) -> None:
+    load("thing_id,,a,,a\n1,2,3,4,5\n", extra="ignore")
+
+    assert [row[0] for row in warehouse.rows(ROWS)] == [1]
+    with pytest.raises(BatchError, match="more than once: '', 'a'"):
+        load("thing_id,,a,,a\n1,2,3,4,5\n", extra="keep")
+
+
+def test_column_that_the_database_may_count_itself_may_lack(warehouse: Warehouse, load: Callable[..., Load]) -> None:
+    warehouse.alter("""
+        ALTER TABLE raw.things ADD place bigint GENERATED BY DEFAULT AS IDENTITY;
+        GRANT INSERT (place) ON raw.things TO de_dw_pipeline;
+    """)
+
+    load("thing_id,place\n1,7\n", batch_id="a")
+    load("thing_id\n2\n", batch_id="b")
+
+    assert warehouse.rows("SELECT thing_id, place FROM raw.things ORDER BY row_id") == [(1, 7), (2, 1)]
+
+
+def test_moment_of_a_batch_is_in_utc_whatever_the_time_zone_of_its_file(
+    warehouse: Warehouse, load: Callable[..., Load]
+) -> None:
+    load("thing_id\n1\n", updated_at=NOW.replace(tzinfo=None), time_zone="Asia/Tokyo")
+
+    assert warehouse.rows("SELECT batch_updated_at FROM raw.loads") == [(NOW,)]
+    assert warehouse.rows("SELECT updated_at FROM raw.things") == [(NOW,)]
+
+
 def test_extra_columns_are_refused_by_default(load: Callable[..., Load]) -> None:
     with pytest.raises(BatchError, match="unknown: 'more'"):
         load("thing_id,more\n1,2\n")
@@ -490,6 +559,9 @@ def test_file_with_extra_columns_is_loaded_once_too(warehouse: Warehouse, load: 
         ({"encoding": "utf-7"}, "encoding 'utf-7' is none that is read"),
         ({"encoding": "klingon"}, "is none that is read"),
         ({"encoding": "rot13"}, "is none that is read"),
+        ({"encoding": "cp037"}, "is none that is read"),
+        ({"time_zone": "UTC+2"}, "time_zone is 'UTC\\+2', and must be a name"),
+        ({"time_zone": "EST5EDT,M3.2.0,M11.1.0"}, "must be a name"),
         ({"extra": "drop"}, "extra is 'drop', and must be one of refuse, ignore, keep"),
         ({"date_order": "YDM"}, "must be one of YMD, DMY, MDY"),
         ({"optional": "name"}, "must be a tuple"),
