@@ -14,6 +14,7 @@ import os
 import time
 import zlib
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from io import RawIOBase
@@ -58,6 +59,9 @@ NOT_CSV = {
     b"{": "JSON",
     b"[": "JSON",
 }
+# Marks at the beginning of a text, and the encodings that have them.
+MARKS = {BOM: ["utf-8"], b"\xff\xfe": ["utf-16", "utf-16-le"], b"\xfe\xff": ["utf-16", "utf-16-be"]}
+
 STRAY_QUOTE = "a quote inside a field that is not quoted, or one that is not doubled inside a field that is"
 OPEN_QUOTE = "a quoted field that never ends"
 END_OF_DATA = r"a line of just \., the end of the data for PostgreSQL 17 and older"
@@ -346,25 +350,42 @@ class BatchFile:
         if now != self._state:
             raise self._file.changed(self._state.size, now.size)
 
+    def _unpacked(self, file: Any) -> Any:
+        return gzip.GzipFile(fileobj=file) if self.is_gzip else file
+
     def _text_of(self, file: Any) -> Any:
         """What reads the text of it, unpacked, in UTF-8."""
-        unpacked: Any = gzip.GzipFile(fileobj=file) if self.is_gzip else file
+        unpacked = self._unpacked(file)
         return unpacked if self.format.encoding == "utf-8" else _Decoded(unpacked, self.format.encoding, self.path)
 
     def _start(self) -> bytes:
         """The first bytes of the text. Refuses what is visibly not a whole CSV file."""
-        source = self._text_of(self._file)
+        is_utf_16 = self.format.encoding.startswith("utf-16")
         try:
-            start = bytes(source.read(HEADER_BYTES))
+            first = bytes(self._unpacked(self._file).read(len(BOM) + 1))
+            for mark, encodings in MARKS.items():
+                # Without a declaration, or with one of bytes, UTF-16 is refused below, as what is no CSV file.
+                if first.startswith(mark) and self.format.encoding not in encodings and (is_utf_16 or mark == BOM):
+                    raise BatchError(
+                        f"{self.path}: the file begins with the mark of {encodings[-1]}, but its dataset's encoding is "
+                        f"declared as {self.format.encoding}. Declare {encodings[-1]}, or let the source keep to it."
+                    )
+            self._file.seek(0)
+            start = bytes(self._text_of(self._file).read(HEADER_BYTES))
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise BatchError(f"{self.path}: the gzip file is damaged or cut off: {error}. Deliver it again.") from None
         text = start.removeprefix(BOM)
         if not text.strip():
             raise BatchError(f"{self.path}: the file is empty. A batch without rows has a header all the same.")
         for magic, what in NOT_CSV.items():
-            if text.lstrip().startswith(magic):
+            if text.lstrip().startswith(magic) or (first.startswith(magic) and not is_utf_16):
                 raise BatchError(f"{self.path}: not a CSV file but {what}")
-        if not self.is_gzip and self.format.encoding == "utf-8":  # else the end is seen when it is reached
+        if b"\0" in first and not is_utf_16:
+            raise BatchError(
+                f"{self.path}: not a CSV file but binary, or UTF-16 text without its mark: if it is that, declare the "
+                f"dataset's encoding as utf-16-le or utf-16-be"
+            )
+        if not self.is_gzip and not is_utf_16:  # else the end is seen when it is reached
             self._file.seek(-1, os.SEEK_END)
             if self._file.read(1) not in (b"\n", b"\r"):
                 raise self._cut_off()
@@ -380,7 +401,15 @@ class BatchFile:
         return match[1], match[2]
 
     def _names(self) -> list[str]:
-        text = self.header.decode("utf-8", errors="replace")
+        try:
+            text = self.header.decode()
+        except UnicodeDecodeError as error:
+            raise BatchError(
+                f"{self.path}, line 1: the header can't be read: not UTF-8: byte 0x{self.header[error.start]:02x} at "
+                f"position {error.start + 1}. Declare the dataset's encoding, or convert the file to UTF-8."
+            ) from None
+        if "\0" in text:
+            raise BatchError(f"{self.path}, line 1: the header can't be read: it has a NUL byte")
         try:
             reader = csv.reader(
                 io.StringIO(text, newline=""),
@@ -421,7 +450,7 @@ class _Decoded(RawIOBase):
     def __init__(self, file: Any, encoding: str, name: str) -> None:
         self._file, self._encoding, self._name = file, encoding, name
         self._decoder = codecs.getincrementaldecoder(encoding)()
-        self._lines = 1
+        self._line_ends = Counter[str]()
 
     def readable(self) -> bool:
         return True
@@ -443,14 +472,20 @@ class _Decoded(RawIOBase):
                         f"{self._name}: the file ends amid a character of {self._encoding}, so it is cut off or still "
                         f"being written. Deliver it again."
                     ) from None
-                good = self._decoder.decode(data[: max(error.start - kept, 0)])
+                self._count(self._decoder.decode(data[: max(error.start - kept, 0)]))
+                line = 1 + (self._line_ends["\n"] or self._line_ends["\r"])
+                wrong = error.object[error.start : error.end].hex()
                 raise BatchError(
-                    f"{self._name}, line {self._lines + good.count(chr(10)):,}: not {self._encoding}: {error.reason}. "
-                    f"Nothing was loaded. Is it the encoding that the file is in?"
+                    f"{self._name}, line {line:,}: not {self._encoding}: 0x{wrong} is no character of it. Nothing was "
+                    f"loaded. Is it the encoding that the file is in?"
                 ) from None
-            self._lines += text.count("\n")
+            self._count(text)
             if text or not data:
                 return text.encode()
+
+    def _count(self, text: str) -> None:
+        for line_end in "\r\n":
+            self._line_ends[line_end] += text.count(line_end)
 
 
 def fields(record: bytes, dialect: Dialect = DEFAULT.dialect) -> list[bytes]:

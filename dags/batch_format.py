@@ -9,13 +9,23 @@ from typing import Any
 
 import numpy as np
 
-# What is decoded while it is read; all of these come to an end of each character without looking ahead.
-ENCODINGS = re.compile(r"utf-(8|16|16-le|16-be)|iso8859-\d+|cp\d+|koi8-[rut]|mac-\w+|ascii")
+# What is decoded while it is read: every ASCII character is the one byte or, in UTF-16, two; no two bytes are one
+# character, but for some 400 that cp932 and 14 that cp950 and big5 have twice.
+ENCODINGS = re.compile(
+    r"utf-8|utf-16(-[lb]e)?|ascii|iso8859-\d+|koi8-[rtu]|mac-(cyrillic|greek|iceland|latin2|roman|turkish)"
+    r"|cp(125\d|437|737|775|85[02578]|86[0-356]|866|869|874)"
+    r"|gb18030|gbk|gb2312|big5|euc_jp|euc_kr|shift_jis|cp932|cp949|cp950"
+)
+# What PostgreSQL finds in its list of time zones. UTC+2 it would take for two hours west of it.
+TIME_ZONE = re.compile(r"[A-Za-z_]+(/[A-Za-z_-]+)*|Etc/GMT[+-]\d\d?")
 EXTRA = ("refuse", "ignore", "keep")
 DATE_ORDERS = ("YMD", "DMY", "MDY")
 # What PostgreSQL takes for neither delimiter nor quote of CSV, or what would make a file ambiguous.
 NO_DELIMITER = "\r\n\0\\."
-EPOCH = "epoch"
+# Instants as numbers: how many of what are a second.
+EPOCHS = {"epoch": (1, "seconds"), "epoch_ms": (1000, "milliseconds")}
+# What depends on the server's language, or what PostgreSQL writes in its own time zone, whatever was read.
+NO_PATTERN = re.compile("TZ|OF|TM", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -32,7 +42,8 @@ class Format:
     :param date_order: what 03/04/2026 is, as in PostgreSQL's DateStyle. A date that begins with its year is clear.
     :param time_zone: of instants without an offset, such as "Europe/Berlin".
     :param timestamps: of columns that PostgreSQL would not read: column -> a pattern of its to_timestamp, such as
-        "YYYYMMDDHH24MISS", or "epoch" for seconds since 1970. A value that does not come out as it went in is bad.
+        "YYYYMMDDHH24MISS", or "epoch" for seconds since 1970, "epoch_ms" for milliseconds. A value that does not come
+        out as it went in is bad.
     :raises ValueError: one of them is none.
     """
 
@@ -55,18 +66,27 @@ class Format:
         if self.delimiter == self.quote:
             raise ValueError(f"delimiter and quote are both {self.quote!r}")
         try:
-            known = codecs.lookup(self.encoding).name
+            known = codecs.lookup(self.encoding).name.removesuffix("-sig")
         except LookupError:
             known = ""
         if not ENCODINGS.fullmatch(known):
             raise ValueError(
                 f"encoding {self.encoding!r} is none that is read: utf-8, utf-16, utf-16-le, utf-16-be, latin-1 and "
-                f"the other iso8859 ones, cp1252 and the other code pages"
+                f"the other iso8859 ones, cp1252 and the other code pages on top of ASCII, koi8-r, koi8-u, mac-roman, "
+                f"gb18030, gbk, big5, shift_jis, euc_jp, euc_kr"
             )
         object.__setattr__(self, "encoding", known)
         for name, choices in (("extra", EXTRA), ("date_order", DATE_ORDERS)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, and must be one of {', '.join(choices)}")
+        if not TIME_ZONE.fullmatch(self.time_zone):
+            raise ValueError(f"time_zone is {self.time_zone!r}, and must be a name such as UTC or Europe/Berlin")
+        for column, pattern in self.timestamps.items():
+            if not pattern.strip() or NO_PATTERN.search(re.sub(r'"[^"]*"', "", pattern)):
+                raise ValueError(
+                    f"the pattern {pattern!r} of {column} must have something in it, but not TZ, OF or TM: PostgreSQL "
+                    f"reads these but does not write them as they were. What is no part of it belongs in double quotes"
+                )
         if isinstance(self.optional, str):
             raise ValueError(f"optional is {self.optional!r}, and must be a tuple of columns")
 

@@ -1,172 +1,213 @@
 """Where COPY brings a file's records: to its table; or, where their columns are not the table's, to one of ours first.
 
-Such a table has the file's columns in its order, with the types, NOT NULL and CHECK constraints of the table that the
-file is for, so that a bad record is found in it with line, column and value, as it would be there. From it one INSERT
-brings the rows to the table, in the order of the file.
+Such a table has the file's columns in its order: with the types that they have in the table that the file is for, or as
+text, if that has no such column or PostgreSQL would not read it. From it an INSERT brings the rows to the table, in the
+order of the file, and there its rules are looked at.
 """
 
-import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from batch_file import BatchFile
-from batch_format import EPOCH
-from batch_rejects import LOST, Table
-from batch_store import BatchError
+from batch_format import EPOCHS
 from psycopg import Cursor, sql
 
 # The column that keeps those of a file that the table does not have.
 EXTRA_COLUMN = "extra"
 NAME_BYTES = 63  # PostgreSQL would cut a longer one
-AS_RECEIVED = " as received"
-OWN = "order of the file"
+# The column of ours that counts the records.
+ORDER = "order of the file"
+SYSTEM_COLUMNS = ("tableoid", "ctid", "xmin", "cmin", "xmax", "cmax")
+# Why numbers of rows may differ.
+LOST = "Does a trigger of the table leave rows out? If not, this is a mistake in the loader: please report it."
 
+CREATE = "CREATE TEMPORARY TABLE {name} ON COMMIT DROP AS SELECT {columns} FROM {target} WITH NO DATA"
+# CACHE: as in sql/ddl/0002. The numbers are of one session, so they are in the order of the file.
+ADD_ORDER = "ALTER TABLE {name} ADD {order} bigint GENERATED ALWAYS AS IDENTITY (CACHE 1000)"
+ADD_CHECK = "ALTER TABLE {name} ADD CONSTRAINT {constraint} CHECK ({check})"
+MOVE = "INSERT INTO {target} ({columns}) SELECT {sources} FROM {name} ORDER BY {order} ASC"
 COLUMNS = """
-SELECT attname::text, format_type(atttypid, atttypmod), attnotnull FROM pg_attribute
+SELECT attname::text, format_type(atttypid, atttypmod) FROM pg_attribute
 WHERE attrelid = %s::regclass AND attnum > 0 AND NOT attisdropped
 """
-CHECKS = """
-SELECT c.conname, pg_get_constraintdef(c.oid), array_agg(a.attname::text)
-FROM pg_constraint AS c INNER JOIN pg_attribute AS a ON a.attrelid = c.conrelid AND a.attnum = ANY (c.conkey)
-WHERE c.conrelid = %s::regclass AND c.contype = 'c'
-GROUP BY c.oid
-ORDER BY c.conname ASC
-"""
-# IMMUTABLE, as a generated column wants it: which it is while a load lasts, whose time zone is pinned.
-CONVERSION = """
-CREATE FUNCTION {name} (received text) RETURNS {type} LANGUAGE sql IMMUTABLE STRICT AS {body}
-"""
 
 
-@dataclass
+class Table(NamedTuple):
+    """A table by its one name, however it was spelled."""
+
+    schema: str
+    name: str
+
+    def __str__(self) -> str:
+        """As the ledger has it."""
+        return f"{self.schema}.{self.name}"
+
+    @property
+    def identifier(self) -> sql.Identifier:
+        return sql.Identifier(self.schema, self.name)
+
+    @property
+    def quoted(self) -> str:
+        """For a cast to regclass."""
+        return self.identifier.as_string(None)
+
+    @property
+    def quarantine(self) -> "Table":
+        return Table(self.schema, f"{self.name}_rejects")
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """How a text becomes an instant.
+
+    :param type: of the column, such as timestamptz.
+    :param pattern: of to_timestamp, or one of EPOCHS.
+    """
+
+    type: str
+    pattern: str
+
+    @property
+    def reason(self) -> str:
+        """What is wrong with a text that it does not take."""
+        if self.pattern in EPOCHS:
+            return f"not a number of {EPOCHS[self.pattern][1]} since 1970 that the column holds exactly"
+        return f"not a time as the pattern {self.pattern} reads and writes it"
+
+    def value(self, received: sql.Composable) -> sql.Composable:
+        """The expression of the instant."""
+        if self.pattern in EPOCHS:
+            instant = sql.SQL("to_timestamp({}::double precision / {})").format(received, EPOCHS[self.pattern][0])
+        else:
+            instant = sql.SQL("to_timestamp({}, {})").format(received, self.pattern)
+        return sql.SQL("{}::{}").format(instant, sql.SQL(self.type))
+
+    def is_whole(self, received: sql.Composable) -> sql.Composable:
+        """The condition that the instant is all that was received, or that nothing was.
+
+        to_timestamp takes what is almost right, and leaves out what follows; a column may have no room for fractions.
+        """
+        instant = sql.SQL("({})::timestamptz").format(self.value(received))
+        if self.pattern in EPOCHS:
+            same = sql.SQL("{0} ~ '^-?[0-9]+([.][0-9]+)?$' AND extract(epoch FROM {1}) * {2} = {0}::numeric").format(
+                received, instant, EPOCHS[self.pattern][0]
+            )
+        else:
+            same = sql.SQL("to_char({}, {}) = {}").format(instant, self.pattern, received)
+        return sql.SQL("{} IS NULL OR ({}) IS TRUE").format(received, same)
+
+
+@dataclass(frozen=True)
 class Landing:
     """The table that COPY writes to.
 
-    :param table: the file's own, or one that goes with the transaction.
-    :param sources: of each column of the file's table, what it is filled from there; empty when it is the table itself.
+    :param target: the table that the file is for.
+    :param table: the same, or one that goes with the transaction.
+    :param columns: of the table, in the order of the file.
+    :param conversions: of the columns that are text there, and something else in the target.
+    :param sources: of each column of the target what it is filled from; empty when it is the table itself.
     """
 
+    target: Table
     table: Table
-    sources: dict[str, sql.Composable] = field(default_factory=dict)
-    _functions: list[sql.Composable] = field(default_factory=list)
+    columns: Sequence[str]
+    conversions: Mapping[str, Conversion] = field(default_factory=dict)
+    sources: Mapping[str, sql.Composable] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, cur: Cursor[Any], table: Table, file: BatchFile, extra: list[str], load_id: int) -> "Landing":
-        """Where a file has to go. Gives `file.columns` the names that they have there.
+    def of(cls, cur: Cursor[Any], target: Table, file: BatchFile, extra: Sequence[str], load_id: int) -> "Landing":
+        """Where a file has to go.
 
-        :param extra: columns of it that the table does not have.
+        :param extra: columns of it that the target does not have.
         """
-        converted = {column: how for column, how in file.format.timestamps.items() if column in file.columns}
-        if not extra and not converted:
-            return cls(table)
-        landing = cls(Table("pg_temp", f"de_dw_load_{load_id}_file"))
-        cur.execute(COLUMNS, (table.quoted,))
-        shape = {name: (type_, not_null) for name, type_, not_null in cur.fetchall()}
-        cur.execute(CHECKS, (table.quoted,))
-        checks = [check for check in cur.fetchall() if set(check[2]) <= set(file.columns)]
-
-        columns: list[sql.Composable] = []
-        names: list[str] = []
-        kept: list[tuple[str, sql.Composable]] = []
-        for number, (name, column) in enumerate(zip(file.names, file.columns, strict=True)):
+        if not extra and not set(file.format.timestamps) & set(file.columns):
+            return cls(target, target, file.columns)
+        cur.execute(COLUMNS, (target.quoted,))
+        types: dict[str, str] = dict(cur.fetchall())
+        conversions = {
+            column: Conversion(types[column], pattern)
+            for column, pattern in file.format.timestamps.items()
+            if column in file.columns
+        }
+        columns: list[str] = []
+        sources: dict[str, sql.Composable] = {}
+        kept: dict[str, sql.Composable] = {}
+        for number, (name, column) in enumerate(zip(file.names, file.columns, strict=True), 1):
             if column in extra:
-                # Its own name, in messages, where it is one.
-                is_name = 0 < len(column.encode()) <= NAME_BYTES - len(AS_RECEIVED)
-                as_column = (column if is_name else f"column {number + 1}") + AS_RECEIVED
-                columns.append(sql.SQL("{} text").format(sql.Identifier(as_column)))
-                kept.append((name, sql.Identifier(as_column)))
-            elif column in converted:
-                type_, not_null = shape[column]
-                as_column = column[: NAME_BYTES - len(AS_RECEIVED)] + AS_RECEIVED
-                columns += landing._convert(cur, load_id, number, column, as_column, type_, not_null, converted[column])
-                landing.sources[column] = sql.Identifier(column)
+                columns.append(_free_name(name, number, {*columns, *types, *file.columns, *SYSTEM_COLUMNS, ORDER}))
+                kept[name] = sql.Identifier(columns[-1])
             else:
-                type_, not_null = shape[column]
-                as_column = column
-                columns.append(
-                    sql.SQL("{} {}{}").format(
-                        sql.Identifier(column), sql.SQL(type_), sql.SQL(" NOT NULL" if not_null else "")
-                    )
-                )
-                landing.sources[column] = sql.Identifier(column)
-            names.append(as_column)
+                columns.append(column)
+                received = sql.Identifier(column)
+                sources[column] = conversions[column].value(received) if column in conversions else received
         if kept and file.format.extra == "keep":
-            landing.sources[EXTRA_COLUMN] = sql.SQL("jsonb_object({}::text[], ARRAY[{}]::text[])").format(
-                [name for name, _ in kept], sql.SQL(", ").join(value for _, value in kept)
+            sources[EXTRA_COLUMN] = sql.SQL("jsonb_object({}::text[], ARRAY[{}]::text[])").format(
+                list(kept), sql.SQL(", ").join(kept.values())
             )
-        columns.append(sql.SQL("{} bigint GENERATED ALWAYS AS IDENTITY (CACHE 1000)").format(sql.Identifier(OWN)))
-        columns += [
-            sql.SQL("CONSTRAINT {} {}").format(
-                sql.Identifier(name), sql.SQL(re.sub(r" (NOT VALID|NOT ENFORCED)$", "", definition))
+        landing = cls(target, Table("pg_temp", f"de_dw_load_{load_id}_file"), columns, conversions, sources)
+        cur.execute(landing.like(landing.table.identifier, columns))
+        names = {"name": landing.table.identifier, "order": sql.Identifier(ORDER)}
+        cur.execute(sql.SQL(ADD_ORDER).format(**names))
+        for number, (column, conversion) in enumerate(conversions.items()):
+            check = conversion.is_whole(sql.Identifier(column))
+            cur.execute(
+                sql.SQL(ADD_CHECK).format(constraint=sql.Identifier(f"as_received_{number}"), check=check, **names)
             )
-            for name, definition, _ in checks
-            if not definition.endswith("NOT ENFORCED")
-        ]
-        cur.execute(
-            sql.SQL("CREATE TEMPORARY TABLE {} ({}) ON COMMIT DROP").format(
-                sql.Identifier(landing.table.name), sql.SQL(", ").join(columns)
-            )
-        )
-        file.columns = names
         return landing
 
-    def _convert(
-        self,
-        cur: Cursor[Any],
-        load_id: int,
-        number: int,
-        column: str,
-        as_column: str,
-        type_: str,
-        not_null: bool,
-        pattern: str,
-    ) -> list[sql.Composable]:
-        """A column as received, and what becomes of it."""
-        function = sql.Identifier("pg_temp", f"de_dw_load_{load_id}_conversion_{number}")
-        if pattern == EPOCH:
-            body = f"SELECT to_timestamp(received::double precision)::{type_}"
-            same: sql.Composable = sql.SQL("true")
-        else:
-            quoted = sql.Literal(pattern).as_string(cur)
-            body = f"SELECT to_timestamp(received, {quoted})::{type_}"
-            # to_timestamp takes what is almost right, and leaves out what follows.
-            same = sql.SQL("to_char({}::timestamptz, {}) = {}").format(
-                sql.Identifier(column), pattern, sql.Identifier(as_column)
-            )
-        cur.execute(sql.SQL(CONVERSION).format(name=function, type=sql.SQL(type_), body=sql.Literal(body)))
-        self._functions.append(function)
-        return [
-            sql.SQL("{} text").format(sql.Identifier(as_column)),
-            sql.SQL("{} {} GENERATED ALWAYS AS ({}({})) STORED{}").format(
-                sql.Identifier(column),
-                sql.SQL(type_),
-                function,
-                sql.Identifier(as_column),
-                sql.SQL(" NOT NULL" if not_null else ""),
-            ),
-            sql.SQL("CONSTRAINT {} CHECK ({})").format(sql.Identifier(f"{column} is {pattern}"[:NAME_BYTES]), same),
+    def like(self, name: sql.Identifier, columns: Sequence[str]) -> sql.Composed:
+        """The statement that makes another temporary table with these of the columns."""
+        shape = [
+            sql.SQL("{}").format(sql.Identifier(column))
+            if not self.sources or (column in self.sources and column not in self.conversions)
+            else sql.SQL("NULL::text AS {}").format(sql.Identifier(column))
+            for column in columns
         ]
+        return sql.SQL(CREATE).format(name=name, columns=sql.SQL(", ").join(shape), target=self.target.identifier)
 
-    def move(self, cur: Cursor[Any], table: Table, file: BatchFile, rows: int) -> None:
-        """Bring the rows that were copied to the table, in their order.
+    def move(self, cur: Cursor[Any], rows: int) -> int:
+        """Bring what was copied to the target, in its order, so that the next can come.
 
-        :raises BatchError: not all of them came there.
+        :param rows: that COPY brought.
+        :returns: how many came to the target.
         """
         if not self.sources:
-            return
-        cur.execute(
-            sql.SQL("INSERT INTO {} ({}) SELECT {} FROM {} ORDER BY {} ASC").format(
-                table.identifier,
-                sql.SQL(", ").join(map(sql.Identifier, self.sources)),
-                sql.SQL(", ").join(self.sources.values()),
-                self.table.identifier,
-                sql.Identifier(OWN),
-            )
+            return rows
+        statement = sql.SQL(MOVE).format(
+            target=self.target.identifier,
+            columns=sql.SQL(", ").join(map(sql.Identifier, self.sources)),
+            sources=sql.SQL(", ").join(self.sources.values()),
+            name=self.table.identifier,
+            order=sql.Identifier(ORDER),
         )
-        if cur.rowcount != rows:
-            raise BatchError(
-                f"{file.path}: {cur.rowcount:,} of {rows:,} rows came to {table}. Nothing was loaded. {LOST}"
-            )
-        cur.execute(sql.SQL("DROP TABLE {}").format(self.table.identifier))
-        for function in self._functions:
-            cur.execute(sql.SQL("DROP FUNCTION {}").format(function))
+        cur.execute(statement)
+        moved = cur.rowcount
+        cur.execute(sql.SQL("TRUNCATE {}").format(self.table.identifier))
+        return moved
+
+    def drop(self, cur: Cursor[Any]) -> None:
+        """The transaction may go on."""
+        if self.sources:
+            cur.execute(sql.SQL("DROP TABLE {}").format(self.table.identifier))
+
+
+def copy_statement(landing: Landing, file: BatchFile) -> sql.Composed:
+    """COPY FROM STDIN of a file's text, which is in UTF-8 and has a header line."""
+    options: sql.Composable = sql.SQL("")
+    if not file.dialect.is_default:
+        options = sql.SQL(", DELIMITER {}, QUOTE {}").format(file.format.delimiter, file.format.quote)
+    return sql.SQL("COPY {} ({}) FROM STDIN WITH (FORMAT csv, HEADER true, ENCODING 'UTF8'{})").format(
+        landing.table.identifier, sql.SQL(", ").join(map(sql.Identifier, landing.columns)), options
+    )
+
+
+def _free_name(name: str, number: int, taken: set[str]) -> str:
+    """What a column is called that the target does not have: as in the file, for messages, if that can be a name.
+
+    :param number: which column of the file it is, from 1.
+    """
+    free = name if 0 < len(name.encode()) <= NAME_BYTES else f"column {number}"
+    while free in taken:
+        free = f"column {number}" if free == name else f"{free}_"
+    return free

@@ -13,14 +13,14 @@ import re
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from batch_file import BOM, END_OF_DATA, STRAY_QUOTE, BatchFile, scan
 from batch_format import DEFAULT, Format
-from batch_landing import EXTRA_COLUMN, Landing
-from batch_rejects import LOST, Limit, Problem, Table, copy_statement, is_about_data, load_good_records, printable
+from batch_landing import EXTRA_COLUMN, LOST, Landing, Table, copy_statement
+from batch_rejects import Limit, Problem, is_about_data, load_good_records, printable
 from batch_store import BatchError, Below, StoredPath
 from psycopg import Connection, Cursor, Error, Rollback, errors, sql
 from psycopg.pq import TransactionStatus
@@ -136,7 +136,7 @@ def load_batch(
     :param path: a CSV file with a header line, as it is or packed with gzip. Only read, in blocks of 64 KiB. An
         object of a store too, by a path such as airflow.sdk.ObjectStoragePath("s3://aws_default@bucket/orders.csv").
     :param updated_at: the moment that all rows of the batch share, for the ledger, and for columns whose DEFAULT is the
-        setting de_dw.updated_at.
+        setting de_dw.updated_at. Without an offset it is in UTC.
     :param max_rejects: how many records may be bad, as a number or a percentage such as "1%". They are kept in the
         table's quarantine (of raw.orders: raw.orders_rejects), and the others are loaded.
     :param load_again: load the bytes though another batch has brought them before.
@@ -158,6 +158,8 @@ def load_batch(
     if conn.autocommit and conn.info.transaction_status == TransactionStatus.IDLE:
         raise ValueError("load_batch needs a transaction, but the connection is in autocommit mode")
     limit = Limit(max_rejects)
+    if updated_at and updated_at.tzinfo is None:  # the session may have the time zone of the file
+        updated_at = updated_at.replace(tzinfo=UTC)
     started = time.monotonic()
     if conn.info.parameter_status("server_encoding") != "UTF8":
         raise ValueError(f"the database's encoding is {conn.info.parameter_status('server_encoding')}, not UTF8")
@@ -238,15 +240,17 @@ def _check_header(cur: Cursor[Any], table: Table, file: BatchFile) -> list[str]:
     :return: the names of columns that the table does not have, and the file may.
     """
     cur.execute(
-        "SELECT attname::text, attnotnull AND NOT atthasdef, attname = %s AND atttypid = 'jsonb'::regtype"
+        "SELECT attname::text, attnotnull AND NOT atthasdef AND attidentity = '',"
+        " attname = %s AND atttypid = 'jsonb'::regtype, attidentity = 'd'"
         " FROM pg_attribute WHERE attrelid = %s::regclass AND attnum > 0 AND NOT attisdropped"
-        " AND attgenerated = '' AND attidentity = '' AND attname <> ALL (%s) ORDER BY attnum",
+        " AND attgenerated = '' AND attidentity <> 'a' AND attname <> ALL (%s) ORDER BY attnum",
         (EXTRA_COLUMN, table.quoted, list(OWN_COLUMNS)),
     )
     found = cur.fetchall()
-    has_extra = any(is_extra for *_, is_extra in found)
-    required = {name: is_required for name, is_required, is_extra in found if not is_extra}
+    has_extra = any(is_extra for _, _, is_extra, _ in found)
+    required = {name: is_required for name, is_required, is_extra, _ in found if not is_extra}
     declared = file.format
+    optional = {*declared.optional, *(name for name, _, _, is_counted in found if is_counted)}
     named = [*declared.optional, *declared.columns.values(), *declared.timestamps]
     if strange := [name for name in dict.fromkeys(named) if name not in required]:
         raise ValueError(f"the format of {table} names columns that it has not: {', '.join(strange)}")
@@ -259,9 +263,13 @@ def _check_header(cur: Cursor[Any], table: Table, file: BatchFile) -> list[str]:
         raise ValueError(f"{table} has no column {EXTRA_COLUMN} jsonb to keep extra columns in: add one by a migration")
     unknown = [name for name in dict.fromkeys(file.columns) if name not in required]
     problems = {
-        "missing": [name for name in required if name not in file.columns and name not in declared.optional],
+        "missing": [name for name in required if name not in file.columns and name not in optional],
         "unknown": unknown if declared.extra == "refuse" else [],
-        "more than once": [name for name, times in Counter(file.columns).items() if times > 1],
+        "more than once": [
+            name
+            for name, times in Counter(file.columns).items()
+            if times > 1 and not (declared.extra == "ignore" and name in unknown)
+        ],
     }
     if any(problems.values()):
         given = {column: name for name, column in zip(file.names, file.columns, strict=True) if name != column}
@@ -320,15 +328,15 @@ def _load(
         landing = Landing.of(cur, table, file, extra, load_id)
         try:
             with cur.connection.transaction():
-                rows, rejects = _copy(cur, landing.table, file), 0
+                rows, rejects = _copy(cur, landing, file), 0
         except (Error, _NotAsReceived) as error:
             if isinstance(error, Error) and not is_about_data(error):
                 raise
             problem = str(Problem.of(error)) if isinstance(error, Error) else str(error)
             first_problem = printable(f"{file.path}, {problem}")
             log.warning("%s. Now looking at each record.", first_problem)
-            rows, rejects = load_good_records(cur, landing.table, file, limit, first_problem, table.quarantine)
-        landing.move(cur, table, file, rows)
+            rows, rejects = load_good_records(cur, landing, file, limit, first_problem)
+        landing.drop(cur)
         # What the caller inserts is not of this load.
         cur.execute("SELECT set_config('de_dw.load_id', '', true), set_config('de_dw.updated_at', '', true)")
         row = _LedgerRow(load_id, batch_id, rows, rejects, file.size, file.sha256)
@@ -356,15 +364,15 @@ def _load(
     return found, is_new
 
 
-def _copy(cur: Cursor[Any], table: Table, file: BatchFile) -> int:
-    """COPY the file as it is, and return the number of rows."""
+def _copy(cur: Cursor[Any], landing: Landing, file: BatchFile) -> int:
+    """COPY the file as it is, and return the number of rows that came to its table."""
     quotes = 0
     records = -1  # without the header
     tail = NEWLINE  # the end of the block before: a line may begin in one block and end in the next
     skip = len(BOM) if file.has_bom else 0
     stopped: Exception | None = None
     try:
-        with cur.copy(copy_statement(table, file)) as copy:
+        with cur.copy(copy_statement(landing, file)) as copy:
             # An exception here would make psycopg log what the server says to it, with all values of a row.
             try:
                 for block in file.blocks():
@@ -393,6 +401,7 @@ def _copy(cur: Cursor[Any], table: Table, file: BatchFile) -> int:
             raise
     if stopped is not None:
         raise stopped
-    if cur.rowcount != records:
-        raise BatchError(f"{file.path}: {cur.rowcount:,} rows came of {records:,} records. Nothing was loaded. {LOST}")
-    return cur.rowcount
+    rows = landing.move(cur, cur.rowcount)
+    if rows != records:
+        raise BatchError(f"{file.path}: {rows:,} rows came of {records:,} records. Nothing was loaded. {LOST}")
+    return rows

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 from batch_file import BatchFile, Records, fields
 from batch_format import Dialect
+from batch_landing import LOST, Conversion, Landing, Table, copy_statement
 from batch_store import BatchError
 from psycopg import Cursor, Error, ProgrammingError, sql
 from psycopg.abc import Buffer
@@ -33,8 +34,6 @@ log = logging.getLogger(__name__)
 LISTED = 10
 # Records sent at once after the first of them was refused; then twice as many, and so on.
 SHORT = 64
-# Why the numbers may differ.
-LOST = "Does a trigger of the table leave rows out? If not, this is a mistake in the loader: please report it."
 # Longest value in a message: the quarantine and the file have all of it.
 VALUE_CHARACTERS = 80
 # Errors that are about a value: wrong in itself or against a constraint; and some that a type, a CHECK or a trigger may
@@ -49,7 +48,6 @@ DATA_CONDITIONS = sql.SQL(
 # A CSV record between parentheses is the text form of a row: the same quotes, the same NULL, but that \ and ) are
 # escaped. So the input function of a row type calls those of its columns, with length and scale, as COPY does. The
 # domain adds the table's rules. {own} is a name that nobody else has.
-CREATE_ROW = "CREATE TEMPORARY TABLE {own} ON COMMIT DROP AS SELECT {columns} FROM {table} WITH NO DATA"
 CREATE_GOOD_ROW = "CREATE DOMAIN {own_good} AS {own} CHECK ({rules})"
 CREATE_RULE = "CREATE FUNCTION {name} ({columns}) RETURNS boolean LANGUAGE sql STABLE AS {body}"
 CREATE_BROKEN_RULE = "CREATE FUNCTION {name} (record text) RETURNS integer LANGUAGE sql STABLE AS {body}"
@@ -74,6 +72,15 @@ EXCEPTION
     WHEN {data_errors} THEN RETURN false;
 END
 $$
+"""
+# What a column is that has to be converted, for the rules that look at it.
+CREATE_CONVERTED = "CREATE FUNCTION {name} (received text) RETURNS {type} LANGUAGE plpgsql STABLE AS {body}"
+CONVERTED = """
+BEGIN
+    RETURN CASE WHEN {is_whole} THEN {value} END;
+EXCEPTION
+    WHEN {data_errors} THEN RETURN NULL;
+END
 """
 FIND_BAD = "SELECT n::integer - 1 FROM unnest(%s) WITH ORDINALITY AS received (record, n) WHERE NOT {is_good}"
 # Which rule is broken, by its number; -1 when it is not even a row.
@@ -125,38 +132,15 @@ COPY_CONTEXT = re.compile(
 )
 
 
-class Table(NamedTuple):
-    """A table by its one name, however it was spelled."""
-
-    schema: str
-    name: str
-
-    def __str__(self) -> str:
-        """As the ledger has it."""
-        return f"{self.schema}.{self.name}"
-
-    @property
-    def identifier(self) -> sql.Identifier:
-        return sql.Identifier(self.schema, self.name)
-
-    @property
-    def quoted(self) -> str:
-        """For a cast to regclass."""
-        return self.identifier.as_string(None)
-
-    @property
-    def quarantine(self) -> "Table":
-        return Table(self.schema, f"{self.name}_rejects")
-
-
 class Rule(NamedTuple):
     """A NOT NULL or CHECK of the table: its expression if it is a CHECK, what is wrong with a row that breaks it, and
-    the columns that it looks at, with their types."""
+    the columns that it looks at, with their types; or that a column as received can be converted."""
 
     expression: str | None
     reason: str
     columns: list[str]
     types: list[str]
+    is_as_received: bool = False
 
 
 class Problem(NamedTuple):
@@ -258,38 +242,29 @@ def printable(text: str) -> str:
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
-def copy_statement(table: Table, file: BatchFile) -> sql.Composed:
-    """COPY FROM STDIN of a file's text, which is in UTF-8 and has a header line, into these columns of a table."""
-    options: sql.Composable = sql.SQL("")
-    if not file.dialect.is_default:
-        options = sql.SQL(", DELIMITER {}, QUOTE {}").format(file.format.delimiter, file.format.quote)
-    return sql.SQL("COPY {} ({}) FROM STDIN WITH (FORMAT csv, HEADER true, ENCODING 'UTF8'{})").format(
-        table.identifier, sql.SQL(", ").join(map(sql.Identifier, file.columns)), options
-    )
-
-
 def load_good_records(
-    cur: Cursor[Any], table: Table, file: BatchFile, limit: Limit, first_problem: str, quarantine: Table
+    cur: Cursor[Any], landing: Landing, file: BatchFile, limit: Limit, first_problem: str
 ) -> tuple[int, int]:
     """COPY the records that PostgreSQL takes, and keep the others in the table's quarantine.
 
     In the caller's transaction, which has the setting de_dw.load_id.
 
     :param first_problem: what COPY said about the file.
-    :param quarantine: the table that takes the bad ones.
     :returns: rows loaded, records rejected.
     :raises BatchError: more are bad than the limit allows, there is no quarantine, or a record is not accounted for:
         undo what was written, none of it may stay.
     """
+    quarantine = landing.target.quarantine
     if limit.number > 0:
         _check_quarantine(cur, quarantine)
     listed: list[Reject] = []
     rejects = records = lines = 0
-    with _Sorter(cur, table, file) as sorter:
+    with _Sorter(cur, landing, file) as sorter:
         for chunk in _ahead(file.records()):
             # Once there are too many they are only counted; with max_rejects 0 one is too many.
             over = limit.number == 0 or not (limit.is_share or limit.allows(rejects, 0))
-            bad = sorter.sort(chunk, load=not over)
+            # PostgreSQL names no line of what came by a table of ours: what the target refuses is still to be found.
+            bad = sorter.sort(chunk, load=not over or (landing.table != landing.target and not rejects))
             explained = sorter.explain(chunk, bad if not over else dict(list(bad.items())[: LISTED - len(listed)]))
             if not over:
                 _keep(cur, quarantine, explained)
@@ -323,13 +298,14 @@ def _ahead(chunks: Iterator[Records]) -> Iterator[Records]:
 class _Sorter:
     """Says of the records of one file which of them its table takes. What it makes in the database goes at its end."""
 
-    def __init__(self, cur: Cursor[Any], table: Table, file: BatchFile) -> None:
+    def __init__(self, cur: Cursor[Any], landing: Landing, file: BatchFile) -> None:
         self.cur = cur
-        self.table = table
+        self.landing = landing
+        self.columns = landing.columns
         self.file = file
         self.copied = 0
         self._functions: list[sql.Identifier] = []
-        self._copy_statement = copy_statement(table, file)
+        self._copy_statement = copy_statement(landing, file)
         cur.adapters.register_dumper(_TextArray, _TextArrayDumper)
         cur.execute("SELECT current_setting('de_dw.load_id')")
         ((load_id,),) = cur.fetchall()
@@ -337,11 +313,14 @@ class _Sorter:
         self._row = self._name("row")
         self._tables = [self._row]
         good_row = self._name("good_row")
-        columns = sql.SQL(", ").join(map(sql.Identifier, file.columns))
-        cur.execute(sql.SQL(CREATE_ROW).format(own=self._row, columns=columns, table=table.identifier))
-        cur.execute(RULES, {"table": table.quoted, "columns": file.columns})
+        cur.execute(landing.like(self._row, self.columns))
+        self._converted = {
+            column: self._create_converted(number, conversion)
+            for number, (column, conversion) in enumerate(landing.conversions.items())
+        }
+        cur.execute(RULES, {"table": landing.target.quoted, "columns": self.columns})
         self.rules: list[Rule] = []
-        for rule in [Rule(*row) for row in cur.fetchall()]:
+        for rule in [*self._conversion_rules(), *(Rule(*row) for row in cur.fetchall())]:
             if rule.expression is None or self._create_rule(rule):
                 self.rules.append(rule)
         rules = [self._holds(number, sql.SQL("value")) for number in range(len(self.rules))]
@@ -392,6 +371,27 @@ class _Sorter:
         self._functions.append(name)
         return name
 
+    def _create_converted(self, number: int, conversion: Conversion) -> sql.Identifier:
+        """Make the function of what becomes of a text; NULL, if it is not all of it."""
+        received = sql.SQL("received")
+        body = sql.SQL(CONVERTED).format(
+            is_whole=conversion.is_whole(received), value=conversion.value(received), data_errors=DATA_CONDITIONS
+        )
+        return self._create(f"converted_{number}", CREATE_CONVERTED, body=body, type=sql.SQL(conversion.type))
+
+    def _conversion_rules(self) -> list[Rule]:
+        """First that it can be converted: other rules would find NULL in its place."""
+        return [
+            Rule(
+                sql.SQL("{0} IS NULL OR {1}({0}) IS NOT NULL").format(sql.Identifier(column), function).as_string(None),
+                self.landing.conversions[column].reason,
+                [column],
+                ["text"],
+                is_as_received=True,
+            )
+            for column, function in self._converted.items()
+        ]
+
     def _create_rule(self, rule: Rule) -> bool:
         """Make the function that a CHECK is asked by. What can't be asked outside of the table is left to COPY."""
         columns = [
@@ -412,8 +412,14 @@ class _Sorter:
 
     def _holds(self, number: int, row: sql.Composable) -> sql.Composable:
         """The condition that a row keeps a rule."""
-        columns = [sql.SQL("({}).{}").format(row, sql.Identifier(column)) for column in self.rules[number].columns]
-        if self.rules[number].expression is None:
+        rule = self.rules[number]
+        columns = [sql.SQL("({}).{}").format(row, sql.Identifier(column)) for column in rule.columns]
+        if rule.expression is not None and not rule.is_as_received:
+            columns = [
+                sql.SQL("{}({})").format(self._converted[name], column) if name in self._converted else column
+                for name, column in zip(rule.columns, columns, strict=True)
+            ]
+        if rule.expression is None:
             return sql.SQL("{} IS NOT NULL").format(*columns)
         return sql.SQL("coalesce({}({}), true)").format(self._name(f"rule_{number}"), sql.SQL(", ").join(columns))
 
@@ -469,7 +475,7 @@ class _Sorter:
                 with self.cur.copy(self._copy_statement) as copy:
                     # An empty header: without it COPY does not count the line ends within the first record.
                     copy.write(end + end.join(records) + end)
-                self.copied += self.cur.rowcount
+                self.copied += self.landing.move(self.cur, self.cur.rowcount)
                 return None
         except Error as error:
             if not is_about_data(error):
@@ -494,16 +500,16 @@ class _Sorter:
             elif verdict is not None and verdict >= 0:
                 rule = self.rules[verdict]
                 problems[place] = Problem(None, ", ".join(rule.columns), None, rule.reason)
-            elif len(values) < len(self.file.columns):
-                problems[place] = f'missing data for column "{self.file.columns[len(values)]}"'
-            elif len(values) > len(self.file.columns):
+            elif len(values) < len(self.columns):
+                problems[place] = f'missing data for column "{self.columns[len(values)]}"'
+            elif len(values) > len(self.columns):
                 problems[place] = "extra data after last expected column"
             else:
                 problems[place] = "no row of the table"
                 no_rows.append(place)
         if no_rows:
             for number, column_number, reason in self._columns_at_fault([chunk.data[place] for place in no_rows]):
-                problems[no_rows[number]] = Problem(None, self.file.columns[column_number], None, reason)
+                problems[no_rows[number]] = Problem(None, self.columns[column_number], None, reason)
         return [self._reject(chunk, place, problems[place]) for place in sorted(problems)]
 
     def _broken_rules(self, records: list[bytes]) -> list[int | str | None]:
@@ -524,12 +530,10 @@ class _Sorter:
 
     def _columns_at_fault(self, records: list[bytes]) -> list[tuple[int, int, str]]:
         """Number of the record, of the column, and what is wrong there."""
-        names = [self._name(f"field_{number}") for number in range(len(self.file.columns))]
+        names = [self._name(f"field_{number}") for number in range(len(self.columns))]
         if len(self._tables) == 1:
-            for name, column in zip(names, self.file.columns, strict=True):
-                columns = sql.Identifier(column)
-                statement = sql.SQL(CREATE_ROW).format(own=name, columns=columns, table=self.table.identifier)
-                self.cur.execute(statement)
+            for name, column in zip(names, self.columns, strict=True):
+                self.cur.execute(self.landing.like(name, [column]))
             self._tables += names
         values = _TextArray()
         numbers: list[int] = []
@@ -550,8 +554,8 @@ class _Sorter:
         if isinstance(problem, str):
             return Reject(chunk.lines[place], data, None, None, problem)
         value = None
-        if problem.column in self.file.columns:
-            value = _text(fields(data, self.file.dialect)[self.file.columns.index(problem.column)], self.file.dialect)
+        if problem.column in self.columns:
+            value = _text(fields(data, self.file.dialect)[self.columns.index(problem.column)], self.file.dialect)
         return Reject(chunk.lines[place], data, problem.column, value, problem.reason)
 
 
