@@ -11,24 +11,13 @@ SELECT set_config('citus.enable_unsafe_triggers', 'on', true);
 
 DO $$
 DECLARE
-    -- The place of every table of raw, stg and ops; a new one has to be named here.
+    -- All others of raw, stg and ops stay on the coordinator: one row per load or bad record, keys that are not by
+    -- order_id, and other datasets, which are small until they need what orders has, by a key of their own.
     distributed text[] := ARRAY[ -- by order_id, all in the shards of the same order_ids
         'raw.orders',
         'stg.orders_latest',
         'stg.orders_latest_live', -- comes with the table in front of it
         'stg.orders_latest_spare'
-    ];
-    local text[] := ARRAY[ -- on the coordinator: one row per load or per bad record, and keys that are not by order_id
-        'ops.check_results',
-        'raw.customers', -- small: a dataset that is not needs what orders has, by its own key
-        'raw.customers_rejects',
-        'raw.loads',
-        'raw.orders_rejects',
-        'stg.applied_loads',
-        'stg.customers_latest',
-        'stg.customers_latest_live',
-        'stg.customers_latest_spare',
-        'stg.table_versions'
     ];
     citus_version text := (SELECT e.extversion FROM pg_extension AS e WHERE e.extname = 'citus');
     found text[];
@@ -51,18 +40,11 @@ BEGIN
     FROM pg_class AS c INNER JOIN pg_namespace AS n ON c.relnamespace = n.oid
     WHERE n.nspname IN ('raw', 'stg', 'ops') AND c.relkind IN ('r', 'p');
     SELECT string_agg(t, ', ' ORDER BY t ASC) INTO wrong
-    FROM unnest(distributed || local) AS t WHERE t != ALL (coalesce(found, '{}'));
+    FROM unnest(distributed) AS t WHERE t != ALL (coalesce(found, '{}'));
     IF wrong IS NOT NULL THEN
         RAISE EXCEPTION 'there is no %', wrong
             USING ERRCODE = 'undefined_table', HINT = 'Run alembic upgrade head first.';
     END IF;
-    SELECT string_agg(t, ', ' ORDER BY t ASC) INTO wrong
-    FROM unnest(found) AS t WHERE t != ALL (distributed || local);
-    IF wrong IS NOT NULL THEN
-        RAISE EXCEPTION 'sql/scale/citus.sql does not say where % belongs', wrong
-            USING HINT = 'Name each in one of its two lists: by order_id, or on the coordinator.';
-    END IF;
-
     IF NOT EXISTS (SELECT FROM pg_dist_node AS n WHERE n.groupid != 0 AND n.shouldhaveshards AND n.isactive) THEN
         RAISE EXCEPTION 'no active worker is known here'
             USING ERRCODE = 'object_not_in_prerequisite_state',

@@ -31,6 +31,10 @@ REFRESHES = {
     "union": "SELECT stg.union_pending('things_latest')",
     "merge": "SELECT stg.merge_pending('things_latest')",
 }
+BRING_BACK = """
+    INSERT INTO stg.things_latest_live SELECT * FROM stg.things_latest_deleted;
+    DELETE FROM stg.things_latest_deleted
+"""
 by_every_refresh = pytest.mark.parametrize("refresh", REFRESHES)
 DELETED = "SELECT shop, thing_id FROM stg.things_latest_deleted ORDER BY shop, thing_id"
 PUBLISHED = "SELECT shop, thing_id, price::text FROM stg.things_latest ORDER BY shop, thing_id"
@@ -162,11 +166,7 @@ def test_every_kind_makes_the_same_rows_of_a_long_history(things: Warehouse) -> 
         ("DELETE FROM stg.things_latest_live WHERE thing_id = 2", (1, 0, 0, 1)),
         ("DELETE FROM stg.things_latest_deleted", (1, 0, 0, 1)),
         ("UPDATE stg.things_latest_live SET price = 2.0", (0, 0, 1, 2)),
-        (
-            "INSERT INTO stg.things_latest_live SELECT * FROM stg.things_latest_deleted;"
-            "DELETE FROM stg.things_latest_deleted",
-            (0, 0, 1, 2),
-        ),
+        (BRING_BACK, (0, 0, 1, 2)),
     ],
 )
 def test_verification_finds_what_somebody_else_changed(things: Warehouse, change: str, found: tuple[int, ...]) -> None:

@@ -4,9 +4,10 @@ import psycopg
 import pytest
 from psycopg import errors
 
-from tests.warehouse import Warehouse
+from tests.warehouse import TRANSFORMS, Warehouse
 
-TABLES = ("raw.orders", "raw.orders_rejects", "raw.customers", "raw.customers_rejects", "raw.loads")
+DATASETS = sorted(path.name.split(".")[1].removesuffix("_latest") for path in TRANSFORMS.glob("stg.*_latest.sql"))
+TABLES = ("raw.loads", *(f"raw.{name}{suffix}" for name in DATASETS for suffix in ("", "_rejects")))
 LOAD = (
     "INSERT INTO raw.loads (table_name, batch_id, source, sha256, bytes, rows)"
     " VALUES ('raw.orders', %s, 'a.csv', repeat(%s, 64), 1, %s)"
