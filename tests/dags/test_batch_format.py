@@ -414,6 +414,7 @@ def test_optional_columns_get_their_default(warehouse: Warehouse, load: Callable
         ({"optional": ("thing_id", *MINIMUM["optional"])}, BatchError, "'thing_id' of raw.things, which is optional"),
         ({"optional": ("colour",)}, ValueError, "names columns that it has not: colour"),
         ({"columns": {"a": "colour"}}, ValueError, "names columns that it has not: colour"),
+        ({"timestamps": {"name": "YYYY"}}, ValueError, "patterns of times for what is none there: name"),
         ({"time_zone": "Mars/Olympus"}, ValueError, "no time zone 'Mars/Olympus'"),
     ],
 )
