@@ -239,6 +239,11 @@ def test_header_that_does_not_fit_is_refused_by_both_names(
         load(f"{header}\n", columns={"Nr.": "thing_id", "Preis": "price"})
 
 
+def test_bad_value_is_named_by_both_names(load: Callable[..., Load]) -> None:
+    with pytest.raises(BatchError, match=r"line 3, column price \('Preis' in the file\), value 'viel': invalid"):
+        load("thing_id,Preis\n1,2\n2,viel\n", columns={"Preis": "price"})
+
+
 @by_both_ways
 def test_extra_columns_are_ignored_when_that_is_declared(
     warehouse: Warehouse, load: Callable[..., Load], bad: int
