@@ -40,7 +40,8 @@ class Format:
         out; "keep": they go to the table's column `extra` jsonb, by their names in the file, as text.
     :param optional: columns that a file need not have: they get the column's DEFAULT, or NULL.
     :param date_order: what 03/04/2026 is, as in PostgreSQL's DateStyle. A date that begins with its year is clear.
-    :param time_zone: of instants without an offset, such as "Europe/Berlin".
+    :param time_zone: of instants without an offset, such as "Europe/Berlin". PostgreSQL takes one that its clocks skip
+        in spring to be an hour later, and one that they show twice in autumn to be the second.
     :param timestamps: of columns that PostgreSQL would not read: column -> a pattern of its to_timestamp, such as
         "YYYYMMDDHH24MISS", or "epoch" for seconds since 1970, "epoch_ms" for milliseconds. A value that does not come
         out as it went in is bad.

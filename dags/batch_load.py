@@ -240,20 +240,31 @@ def _check_header(cur: Cursor[Any], table: Table, file: BatchFile) -> list[str]:
     :return: the names of columns that the table does not have, and the file may.
     """
     cur.execute(
-        "SELECT attname::text, attnotnull AND NOT atthasdef AND attidentity = '',"
-        " attname = %s AND atttypid = 'jsonb'::regtype, attidentity = 'd'"
-        " FROM pg_attribute WHERE attrelid = %s::regclass AND attnum > 0 AND NOT attisdropped"
-        " AND attgenerated = '' AND attidentity <> 'a' AND attname <> ALL (%s) ORDER BY attnum",
+        """
+        SELECT
+            attname::text,
+            attnotnull AND NOT atthasdef AND attidentity = '',
+            attname = %s AND atttypid = 'jsonb'::regtype,
+            attidentity = 'd',
+            typcategory = 'D' AND typname NOT IN ('time', 'timetz')
+        FROM pg_attribute INNER JOIN pg_type ON pg_type.oid = atttypid
+        WHERE attrelid = %s::regclass AND attnum > 0 AND NOT attisdropped
+            AND attgenerated = '' AND attidentity <> 'a' AND attname <> ALL (%s)
+        ORDER BY attnum ASC
+        """,
         (EXTRA_COLUMN, table.quoted, list(OWN_COLUMNS)),
     )
     found = cur.fetchall()
-    has_extra = any(is_extra for _, _, is_extra, _ in found)
-    required = {name: is_required for name, is_required, is_extra, _ in found if not is_extra}
+    has_extra = any(is_extra for _, _, is_extra, _, _ in found)
+    required = {name: is_required for name, is_required, is_extra, _, _ in found if not is_extra}
     declared = file.format
-    optional = {*declared.optional, *(name for name, _, _, is_counted in found if is_counted)}
+    optional = {*declared.optional, *(name for name, _, _, is_counted, _ in found if is_counted)}
+    instants = [name for name, _, _, _, is_instant in found if is_instant]
     named = [*declared.optional, *declared.columns.values(), *declared.timestamps]
     if strange := [name for name in dict.fromkeys(named) if name not in required]:
         raise ValueError(f"the format of {table} names columns that it has not: {', '.join(strange)}")
+    if strange := [name for name in declared.timestamps if name not in instants]:
+        raise ValueError(f"the format of {table} has patterns of times for what is none there: {', '.join(strange)}")
     if needed := [name for name in declared.optional if required[name] and name not in file.columns]:
         raise BatchError(
             f"{file.path}, line 1: the header lacks {', '.join(map(repr, needed))} of {table}, which is optional, but "

@@ -182,6 +182,7 @@ class Reject:
     :param data: as received, without the line end.
     :param column: at fault, if it is one.
     :param value: of this column as received.
+    :param name: of this column in the file, if it is another.
     """
 
     line: int
@@ -189,9 +190,11 @@ class Reject:
     column: str | None
     value: str | None
     reason: str
+    name: str | None = None
 
     def __str__(self) -> str:
         where = f"line {self.line}" + (f", column {self.column}" if self.column else "")
+        where += f" ({self.name!r} in the file)" if self.name is not None else ""
         if self.value:
             cut = self.value[:VALUE_CHARACTERS] + ("..." if len(self.value) > VALUE_CHARACTERS else "")
             where += f", value {cut!r}"
@@ -553,10 +556,12 @@ class _Sorter:
         data = chunk.data[place]
         if isinstance(problem, str):
             return Reject(chunk.lines[place], data, None, None, problem)
-        value = None
-        if problem.column in self.columns:
-            value = _text(fields(data, self.file.dialect)[self.columns.index(problem.column)], self.file.dialect)
-        return Reject(chunk.lines[place], data, problem.column, value, problem.reason)
+        if problem.column not in self.columns:
+            return Reject(chunk.lines[place], data, problem.column, None, problem.reason)
+        number = self.columns.index(problem.column)
+        value = _text(fields(data, self.file.dialect)[number], self.file.dialect)
+        name = self.file.names[number] if self.file.names[number] != problem.column else None
+        return Reject(chunk.lines[place], data, problem.column, value, problem.reason, name)
 
 
 def _as_rows(records: list[bytes], dialect: Dialect) -> _TextArray:

@@ -239,6 +239,11 @@ def test_header_that_does_not_fit_is_refused_by_both_names(
         load(f"{header}\n", columns={"Nr.": "thing_id", "Preis": "price"})
 
 
+def test_bad_value_is_named_by_both_names(load: Callable[..., Load]) -> None:
+    with pytest.raises(BatchError, match=r"line 3, column price \('Preis' in the file\), value 'viel': invalid"):
+        load("thing_id,Preis\n1,2\n2,viel\n", columns={"Preis": "price"})
+
+
 @by_both_ways
 def test_extra_columns_are_ignored_when_that_is_declared(
     warehouse: Warehouse, load: Callable[..., Load], bad: int
@@ -414,6 +419,7 @@ def test_optional_columns_get_their_default(warehouse: Warehouse, load: Callable
         ({"optional": ("thing_id", *MINIMUM["optional"])}, BatchError, "'thing_id' of raw.things, which is optional"),
         ({"optional": ("colour",)}, ValueError, "names columns that it has not: colour"),
         ({"columns": {"a": "colour"}}, ValueError, "names columns that it has not: colour"),
+        ({"timestamps": {"name": "YYYY"}}, ValueError, "patterns of times for what is none there: name"),
         ({"time_zone": "Mars/Olympus"}, ValueError, "no time zone 'Mars/Olympus'"),
     ],
 )

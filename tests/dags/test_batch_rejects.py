@@ -14,6 +14,7 @@ import batch_file
 import psycopg
 import pytest
 from batch_file import BatchFile, Records
+from batch_format import Format
 from batch_load import BatchError, Load, load_batch
 from batch_rejects import Limit
 from hypothesis import HealthCheck, given, settings
@@ -591,14 +592,14 @@ FIELD = st.one_of(
     st.sampled_from(
         ["2026-01-01", "2019-01-01", "infinity", "NaN", "now", "Jan 5 2021", "1/2/2021", "0x10", "1_0", ""]
     ),
-    st.text(alphabet='",\n\r\\.()a1 ', max_size=4),
+    st.text(alphabet="\",;'\n\r\\.()a1 ", max_size=4),
 )
 
 
-def written(field: str, quoting: int) -> str:
+def written(field: str, quoting: int, delimiter: str = ",", quote: str = '"') -> str:
     """As a CSV writer would, always, or not at all."""
-    doubled = '"' + field.replace('"', '""') + '"'
-    needed = any(char in field for char in '",\r\n')
+    doubled = quote + field.replace(quote, quote * 2) + quote
+    needed = any(char in field for char in f"{quote}{delimiter}\r\n")
     return doubled if quoting == 2 or (quoting == 1 and needed) else field
 
 
@@ -662,3 +663,39 @@ def test_a_record_is_good_exactly_when_copy_alone_would_take_it(
         ]
         assert rejected == [record for record, is_bad in zip(records, expected, strict=True) if is_bad]
         assert conn.execute(content, (loaded.load_id,)).fetchall() == rows
+
+
+@settings(max_examples=HISTORIES, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    file=st.lists(st.tuples(RECORD, st.lists(st.sampled_from([1, 1, 2]), min_size=6, max_size=6)), max_size=8),
+    dialect=st.sampled_from([",'", ';"', "|'", '\t"', "~\x01"]),
+    encoding=st.sampled_from(["utf-8", "utf-16", "cp1252"]),
+    extra=st.sampled_from([[], ["more"], ["a", "a"]]),
+)
+def test_same_rows_and_rejects_come_of_a_file_however_it_is_written(
+    odd: Warehouse, tmp_path_factory: pytest.TempPathFactory, file: Any, dialect: str, encoding: str, extra: list[str]
+) -> None:
+    def outcome(delimiter: str, quote: str, encoding: str, extra: list[str]) -> list[Any]:
+        lines = [[*extra, *NAMES]]
+        for fields, quoting in file:
+            lines.append([*extra, *(written(*both, delimiter, quote) for both in zip(fields, quoting, strict=False))])
+        path = tmp_path_factory.mktemp("odd") / "odd.csv"
+        path.write_bytes("".join(f"{delimiter.join(line)}\n" for line in lines).encode(encoding))
+        with odd.connect() as conn:
+            loaded = load_batch(
+                conn,
+                table="raw.odd",
+                batch_id=str(path),
+                path=path,
+                max_rejects="100%",
+                load_again=True,
+                file_format=Format(delimiter, quote, encoding, extra="ignore"),
+            )
+            rows = "SELECT number, word, amount::text, mood::text, day::text FROM raw.odd WHERE load_id = %s"
+            rejects = "SELECT line_number, column_name FROM raw.odd_rejects WHERE load_id = %s"
+            return [
+                conn.execute(f"{query} ORDER BY {order}".encode(), (loaded.load_id,)).fetchall()
+                for query, order in ((rows, "row_id"), (rejects, "line_number"))
+            ]
+
+    assert outcome(dialect[0], dialect[1], encoding, extra) == outcome(",", '"', "utf-8", [])
