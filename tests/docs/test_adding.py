@@ -15,9 +15,7 @@ SECTION = (ROOT / "docs" / GUIDE).read_text().partition("## A table\n")[2].parti
 STEPS = re.findall(r"(.*?)^```(\w+)\n(.*?)^```$", SECTION, re.MULTILINE | re.DOTALL)
 FILE = re.compile(r"`((?:sql|dags|tests)/[\w/*.]+)`")
 # Those that look at every table that there is.
-TESTS = (
-    "tests/sql/test_products.py tests/sql/test_raw.py tests/sql/test_citus.py tests/alembic tests/sql/test_datasets.py"
-)
+TESTS = "tests/alembic " + " ".join(f"tests/sql/test_{name}.py" for name in ("products", "raw", "citus", "datasets"))
 
 
 @pytest.mark.skipif("embedded" not in servers(), reason="it is on the embedded server")

@@ -46,7 +46,7 @@ def test_every_table_view_and_function_for_people_is_named(warehouse: Warehouse)
     )
 
     unnamed = [name for (name,) in relations if f"`{name}`" not in TEXT]
-    assert sorted(unnamed) == ["stg.orders_latest_spare", "stg.spare_loads"], "they are of a swap's inside"
+    assert sorted(unnamed) == ["stg.customers_latest_spare", "stg.orders_latest_spare"], "they are of a swap's inside"
 
 
 def test_every_relation_and_function_that_is_named_is_there(warehouse: Warehouse) -> None:

@@ -102,6 +102,21 @@ def test_demo_with_its_files_on_s3(s3: S3, tmp_path: Path) -> None:
     assert "not-a-secret" not in done.stdout + (tmp_path / "logs" / "demo.log").read_text()
 
 
+def test_run_says_what_its_tasks_did(clone: Path) -> None:
+    done = make(clone, "run", DAG="customers", CONF='{"rows": 1000}')
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "    report_files: raw.customers: 1 file: 1 loaded (1,000 rows)\n" in done.stdout
+    for variables, message in (
+        ({"DAG": "customers", "CONF": "{rows}"}, "CONF is no JSON"),
+        ({"DAG": "nothing"}, "there is no DAG nothing, but customers, orders, verify_customers, verify_orders"),
+        ({"DAG": "customers", "CONF": '{"source": "/etc/passwd"}'}, "is below none of"),
+    ):
+        refused = make(clone, "run", **variables)
+        assert refused.returncode != 0
+        assert message in refused.stdout
+
+
 @pytest.mark.parametrize("target", ["demo", "up"])
 def test_files_on_s3_without_its_packages_say_what_to_install(clone: Path, target: str) -> None:
     done = make(clone, target, WAREHOUSE_DATA="s3://aws_default@warehouse")

@@ -1,4 +1,4 @@
-"""sql/scale/citus.sql, as far as it can be tried without Citus: it refuses by name, and no table of orders is forgotten."""
+"""sql/scale/citus.sql, as far as it can be tried without Citus: it refuses by name, and forgets no table of orders."""
 
 import re
 import subprocess
