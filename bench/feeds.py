@@ -2,7 +2,8 @@
 
 TPC-H's orders and lineitem, as tpchgen-cli makes them (1.5 and 6 million rows at scale 1), and the airports of the
 package airportsdata. Each becomes a dataset of a copy of this tree, as docs/adding-a-dataset.md says, on an embedded
-server of its own. The figures go to the terminal. Exit code 1 when counts, sums or the verification say that something is wrong.
+server of its own. The figures go to the terminal. Exit code 1 when counts, sums or the verification say that something
+is wrong.
 """
 
 import argparse

@@ -16,7 +16,7 @@ ADMIN = "admin"
 
 
 def airflow_connection(
-    warehouse_url: str, role: str = "de_dw_pipeline", application_name: str = "airflow orders"
+    warehouse_url: str, role: str = "de_dw_pipeline", application_name: str = "airflow tasks"
 ) -> str:
     """A connection for AIRFLOW_CONN_...: the warehouse with the rights of a role, without the owner's.
 

@@ -129,6 +129,6 @@ def test_server_that_does_not_start_says_why(tmp_path: Path) -> None:
 def test_airflow_connects_to_the_same_place_as_the_pipeline_role(url: str, expected: dict[str, object]) -> None:
     connection = json.loads(airflow_connection(url))
 
-    extra = {"application_name": "airflow orders", "options": "-c role=de_dw_pipeline"}
+    extra = {"application_name": "airflow tasks", "options": "-c role=de_dw_pipeline"}
     assert connection == {"conn_type": "postgres"} | expected | {"extra": extra | connection["extra"]}
     assert connection["extra"]["options"].endswith("-c role=de_dw_pipeline")

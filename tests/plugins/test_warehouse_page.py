@@ -660,7 +660,7 @@ def test_extra_of_the_connection_reaches_libpq_and_what_it_does_not_know_does_no
         "user": "anna",
         "password": "s@cret",
         "dbname": "de_dw",
-        "application_name": "airflow orders",
+        "application_name": "airflow tasks",
         "connect_timeout": "9",
         "sslmode": "verify-full",
     }

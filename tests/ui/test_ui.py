@@ -3,6 +3,7 @@
 The tests follow each other on one warehouse: at first it has no loads.
 """
 
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -67,19 +68,21 @@ WHERE load_id IN (SELECT unnest(current_setting('de_dw.loads_to_apply')::bigint[
 
 FORM = {  # title of each field, and words of its description
     "Rows": "1 to 50 million",
-    "Seed": "new versions of the same orders",
+    "Seed": "new versions of the same keys",
+    "Source": "What the ledger knows is left out",
     "Bad records allowed": "such as 1%",
     "Load again": "the same bytes before",
     "Checks to accept": "though these checks fail",
     "Refresh": "the fastest that is right",
 }
+FILES = int(os.environ.get("UI_FILES", "5"))  # that are delivered
 SUCCESS = re.compile("^Success$")
 
 
-def run(up: Up, **conf: Any) -> tuple[str, str]:
-    """A run of the DAG by the API: its run_id, and how it ended."""
-    run_id: str = up.call("POST", "/api/v2/dags/orders/dagRuns", {"logical_date": None, "conf": conf})["dag_run_id"]
-    return run_id, up.finish(quote(run_id))
+def run(up: Up, dag: str = "orders", **conf: Any) -> tuple[str, str]:
+    """A run of a DAG by the API: its run_id, and how it ended."""
+    run_id: str = up.call("POST", f"/api/v2/dags/{dag}/dagRuns", {"logical_date": None, "conf": conf})["dag_run_id"]
+    return run_id, up.finish(quote(run_id), dag)
 
 
 @pytest.fixture
@@ -157,8 +160,38 @@ def test_run_that_is_triggered_by_the_form_turns_green(window: Window) -> None:
 def test_log_of_a_load_says_what_came(window: Window, run_id: str) -> None:
     window.open(f"/dags/orders/runs/{quote(run_id)}")
     window.page.get_by_role("row").get_by_role("link", name="load_raw").click()
+    window.page.get_by_role("link", name=run_id).last.click()  # of its files, the one that the run has made
 
     expect(window.page.get_by_text(re.compile(r"raw\.orders: load \d+: 250 rows, .* MB in .* s")).first).to_be_visible()
+
+
+def test_run_of_several_files_says_which_were_refused_and_why(window: Window) -> None:
+    landing = window.up.clone / "data" / "landing"
+    landing.mkdir(parents=True)
+    header = "customer_id,name,email,country,updated_at\n"
+    for number in range(1, FILES + 1):
+        (landing / f"{number}.csv").write_text(f"{header}{number},Ann,,DE,2026-01-01\n")
+        if number == 1:
+            assert run(window.up, "customers", source="landing/*.csv")[1] == "success"
+    (landing / "2.csv").write_text(f"{header}2,Ann,,DE,yesterday evening\n")
+    (landing / "3.csv").write_text(f"{header}3,Ann,,DE,2026-01")
+
+    run_id, state = run(window.up, "customers", source="landing/*.csv")
+
+    assert state == "failed"
+    window.open(f"/dags/customers/runs/{quote(run_id)}")
+    expect(window.page.get_by_role("row").get_by_role("link", name="load_raw")).to_be_visible()
+    window.page.get_by_role("button", name="Show Graph").click()
+    expect(window.page.get_by_role("application").get_by_text("report_files")).to_be_visible()
+    window.picture("files-graph")
+    window.open(f"/dags/customers/runs/{quote(run_id)}/tasks/load_raw")
+    expect(window.page.get_by_role("link", name="landing/3.csv")).to_be_visible()
+    window.picture("files-mapped")
+    window.open(f"/dags/customers/runs/{quote(run_id)}/tasks/report_files")
+    said = f"{FILES} files: {FILES - 3} loaded ({FILES - 3} rows), 1 loaded before, 2 refused"
+    expect(window.page.get_by_text(said).first).to_be_visible()
+    expect(window.page.get_by_text("yesterday evening").first).to_be_visible()
+    window.picture("files-refused")
 
 
 @pytest.mark.parametrize(
