@@ -21,8 +21,11 @@ from batch_store import shown
 from psycopg.conninfo import make_conninfo
 
 from generator.orders import generate_orders
+from tests.dags.newest import server
 from tests.s3 import S3
 from tests.warehouse import ROOT, Warehouse
+
+__all__ = ["server"]  # a fixture
 
 HEADER = "order_id,customer_name,customer_email,product,quantity,unit_price,currency,status,ordered_at,updated_at\n"
 NOON = datetime(2026, 1, 2, 12, tzinfo=UTC)

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from generator.customers import write_customers
-from tests.dags.test_orders import RUN, dags, parsed, refresh_states, server, states, summaries
+from tests.dags.newest import server
+from tests.dags.test_orders import RUN, dags, parsed, refresh_states, states, summaries
 from tests.s3 import S3
 from tests.warehouse import PIPELINE, Warehouse
 

@@ -60,7 +60,7 @@ COLLECT = r"\.venv/bin/python -m pytest (?!-q ).*"
 NOT_RUN = {
     r"(\w+=\S+ )?make test": "it is what runs this",
     r"make lint": "it is run beside make test",
-    r"make (format|bench|screenshots)|\.venv/bin/python -m bench(\.feeds)? .*": "they write to the tree, or take many minutes",
+    r"make (format|bench|screenshots)|\.venv/bin/python -m bench(\.feeds)? .*": "they write, or take many minutes",
     r"make lock|local/venv\.sh requirements-image\.txt": "they ask a package registry",
     r"make compose-test|docker .*": "they need a Docker engine; make compose-test runs most of them",
     r"kubectl .*|helm .*": "they need a cluster",
