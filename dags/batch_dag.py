@@ -26,6 +26,7 @@ loaded, what was not though its file was (param `max_rejects`), and what no refr
 """
 
 import os
+import re
 import sys
 import time
 from dataclasses import dataclass, field
@@ -104,6 +105,7 @@ class Dataset:
     :param schedule: when it runs by itself, as Airflow has it: "*/5 * * * *", "@daily". None: as WAREHOUSE_SCHEDULE
         says; without that when it is triggered.
     :param fresh_within: how long a run may take until it is reported as late.
+    :raises ValueError: the name is none that needs no quotes in SQL.
     """
 
     name: str
@@ -112,6 +114,10 @@ class Dataset:
     format: Format = field(default_factory=Format)
     schedule: Any = None
     fresh_within: timedelta = timedelta(hours=1)
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[a-z_][a-z0-9_]{0,39}", self.name):
+            raise ValueError(f"{self.name!r} is no name of a dataset: small letters, digits and _, up to 40 of them")
 
 
 def locations() -> list[str]:

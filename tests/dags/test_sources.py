@@ -274,6 +274,14 @@ def test_dataset_without_a_generator_needs_a_source(dags: Any, monkeypatch: pyte
     assert run_params(Dataset("customers", source="landing"), [])["source"].resolve() == "landing"
 
 
+@pytest.mark.parametrize("name", ["Orders", "or ders", "o'rders", "", "1st", "x" * 41])
+def test_name_that_would_need_quotes_is_refused(airflow: None, name: str) -> None:
+    from batch_dag import Dataset
+
+    with pytest.raises(ValueError, match="is no name of a dataset"):
+        Dataset(name)
+
+
 def test_schedule_of_all_datasets_is_one_variable(monkeypatch: pytest.MonkeyPatch, airflow: None) -> None:
     monkeypatch.setenv("WAREHOUSE_SCHEDULE", "@daily")
     from batch_dag import Dataset, schedule_of
