@@ -324,17 +324,17 @@ BEGIN
 END
 $$;
 COMMENT ON FUNCTION stg.rebuild_as_of(text, bigint) IS
-'Publishes a staging table as it stood after a load, and returns the number of rows. The loads after it are pending then:
-the next refresh takes them in again. Takes the name without schema.';
+'Publishes a staging table as it stood after a load, and returns the number of rows. The loads after it are pending
+then: the next refresh takes them in again. Takes the name without schema.';
 
 CREATE FUNCTION stg.forget_applied(table_name text, but_for bigint[]) RETURNS void
 LANGUAGE sql
 SECURITY DEFINER -- the pipeline may add to what was applied, and not take away but here
 SET search_path = pg_catalog, pg_temp
-BEGIN ATOMIC
+AS $$
     DELETE FROM stg.applied_loads AS a
-    WHERE a.table_name = forget_applied.table_name AND a.load_id != ALL (but_for);
-END;
+    WHERE a.table_name = forget_applied.table_name AND a.load_id != ALL (but_for)
+$$;
 COMMENT ON FUNCTION stg.forget_applied(text, bigint[]) IS
 'Makes loads pending again that a staging table has applied: to apply them twice changes nothing.';
 
