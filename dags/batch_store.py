@@ -131,6 +131,8 @@ def _open_file(path: str | os.PathLike[str] | Below, name: str) -> _File:
         # O_NONBLOCK: opening a FIFO would wait for its writer, for ever.
         fd = _open_below(path) if isinstance(path, Below) else os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        if getattr(error, "errno", None) == errno.ENXIO:  # a socket
+            raise BatchError(f"{name}: not a regular file") from None
         raise missing(name, getattr(error, "strerror", error)) from None
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
