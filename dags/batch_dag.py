@@ -30,7 +30,7 @@ import re
 import sys
 import time
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,7 @@ from airflow.sdk import (  # type: ignore[attr-defined] # its stub lacks those o
     get_current_context,
     task,
 )
-from airflow.sdk.exceptions import AirflowSkipException
+from airflow.sdk.exceptions import AirflowRescheduleException, AirflowSkipException
 from batch_check import check_pending, find_checks
 from batch_format import Format
 from batch_load import BatchError, load_batch
@@ -77,6 +77,9 @@ from stg_refresh import MERGE, REFRESHES, UNION, cheapest_refresh, refresh_count
 ROOT = Path(__file__).resolve().parents[1]
 # Files that one run loads; those after them are the next run's. Airflow's core.max_map_length is 1024.
 FILES = 1_000
+# A file that is done with; and how long to wait for one that is not.
+DONE = ("success", "failed", "upstream_failed", "skipped", "removed")
+RECONSIDER = timedelta(seconds=2)
 CHECKS = ROOT / "sql" / "checks"
 SCRIPTS = ROOT / "sql" / "transforms"
 sys.path.append(str(ROOT))  # generator/ is beside dags/
@@ -139,6 +142,21 @@ def batch_time(dag_run: Any) -> datetime:
 def stored(url: str) -> Any:
     """The path of a batch file. Only tasks may ask: of a URL it looks the connection up."""
     return ObjectStoragePath(url) if "://" in url else Path(url)
+
+
+def wait_for_turn(ti: Any) -> None:
+    """Let the files of a run that are before this one be loaded first, though one of them has to be tried again.
+
+    Airflow's scheduler takes them in this order, but goes on while one waits for its retry; dag.test takes any order.
+
+    :raises AirflowRescheduleException: one is not done. The task is asked again, and holds no worker meanwhile.
+    """
+    if ti.map_index < 1:
+        return
+    found = ti.get_task_states(dag_id=ti.dag_id, task_ids=[ti.task_id], run_ids=[ti.run_id])[ti.run_id]
+    before = [found.get(f"{ti.task_id}_{index}") for index in range(ti.map_index)]
+    if any(state not in DONE for state in before):
+        raise AirflowRescheduleException(datetime.now(UTC) + RECONSIDER)  # type: ignore[no-untyped-call]
 
 
 def run_params(dataset: Dataset, fail_checks: list[str]) -> dict[str, Param]:
@@ -276,6 +294,7 @@ def batch_dag(dataset: Dataset, doc: str | None = None) -> None:
             file: Any, params: Any = None, dag_run: Any = None, ti: Any = None, outlet_events: Any = None
         ) -> dict[str, Any]:
             """COPY a file into the raw table, exactly once: its rows and its row in raw.loads commit together."""
+            wait_for_turn(ti)
             get_current_context()["file_name"] = file["name"]  # type: ignore[typeddict-unknown-key]
             is_made = not params["source"]
             try:

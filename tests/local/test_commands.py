@@ -50,14 +50,12 @@ def test_demo_prints_the_counts_each_time(clone: Path) -> None:
 
 
 def test_demo_that_fails_says_why_and_exits_with_an_error(clone: Path) -> None:
-    texts = {path: path.read_text() for path in (clone / "sql" / "transforms").iterdir()}
-    for path, text in texts.items():
-        path.write_text(text.replace("updated_at DESC", "updated_up DESC"))
+    broken = clone / "sql" / "checks" / "broken.fail.sql"
+    broken.write_text("SELECT updated_up FROM raw.orders\n")
 
     done = make(clone, "demo")
 
-    for path, text in texts.items():
-        path.write_text(text)
+    broken.unlink()
     assert done.returncode != 0
     assert 'column "updated_up" does not exist' in done.stdout
     assert "The full log: " in done.stdout
