@@ -76,7 +76,7 @@ FORM = {  # title of each field, and words of its description
     "Checks to accept": "though these checks fail",
     "Refresh": "the fastest that is right",
 }
-FILES = int(os.environ.get("UI_FILES", "5"))  # that are delivered
+FILES = int(os.environ.get("UI_FILES", "4"))  # that are delivered
 SUCCESS = re.compile("^Success$")
 
 
