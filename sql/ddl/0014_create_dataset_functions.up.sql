@@ -111,10 +111,17 @@ BEGIN
         END IF;
         EXECUTE format('DROP TABLE raw.%I', dropped);
     END LOOP;
+    -- Their files can be loaded again, into a table of that name that is made anew: the ledger must not know them.
+    IF EXISTS (SELECT 1 FROM raw.loads AS l WHERE l.table_name = 'raw.' || name) THEN
+        ALTER TABLE raw.loads DISABLE TRIGGER append_only;
+        DELETE FROM raw.loads AS l WHERE l.table_name = 'raw.' || name;
+        ALTER TABLE raw.loads ENABLE ALWAYS TRIGGER append_only;
+    END IF;
 END
 $$;
 COMMENT ON FUNCTION raw.drop_dataset(text) IS
-'Drops a table of raw and its quarantine, unless they have rows: these cannot be made again.';
+'Drops a table of raw, its quarantine and its lines in the ledger, unless the tables have rows: these cannot be made
+again.';
 
 -- For migrations: the staging table of a table of raw, with everything that a refresh needs and a reader sees.
 CREATE FUNCTION stg.create_latest(

@@ -118,20 +118,20 @@ BEGIN
         EXECUTE format(
             'WITH newest AS MATERIALIZED (%3$s),
             newer AS MATERIALIZED (
-                SELECT a.*, %6$s AS is_tombstone FROM newest AS a
+                SELECT a.*, %6$s AS "de_dw is tombstone" FROM newest AS a
                 WHERE NOT EXISTS (
                     SELECT 1 FROM %1$s AS b WHERE %7$s AND (b.updated_at, b.row_id) >= (a.updated_at, a.row_id)
                 ) AND NOT EXISTS (
                     SELECT 1 FROM %8$s AS b WHERE %7$s AND (b.updated_at, b.row_id) >= (a.updated_at, a.row_id)
                 )
             ),
-            is_back AS (DELETE FROM %8$s AS a USING newer AS b WHERE %7$s AND NOT b.is_tombstone),
-            is_gone AS (DELETE FROM %1$s AS a USING newer AS b WHERE %7$s AND b.is_tombstone),
+            is_back AS (DELETE FROM %8$s AS a USING newer AS b WHERE %7$s AND NOT b."de_dw is tombstone"),
+            is_gone AS (DELETE FROM %1$s AS a USING newer AS b WHERE %7$s AND b."de_dw is tombstone"),
             remembered AS (
-                INSERT INTO %8$s (%2$s) SELECT %2$s FROM newer WHERE is_tombstone
+                INSERT INTO %8$s (%2$s) SELECT %2$s FROM newer WHERE "de_dw is tombstone"
                 ON CONFLICT (%4$s) DO UPDATE SET %5$s
             )
-            INSERT INTO %1$s (%2$s) SELECT %2$s FROM newer WHERE NOT is_tombstone
+            INSERT INTO %1$s (%2$s) SELECT %2$s FROM newer WHERE NOT "de_dw is tombstone"
             ON CONFLICT (%4$s) DO UPDATE SET %5$s',
             live, shape.column_list, newest, shape.key_list, shape.assignments, shape.tombstone, shape.same_key, deleted
         );
@@ -203,23 +203,27 @@ DECLARE
     parent text := format('stg.%I', table_name);
 BEGIN
     SELECT * INTO shape FROM stg.shape_of(table_name);
-    -- One statement, so that all of it is of one moment. Byte by byte: to the operator = 9.9 and 9.90 are the same.
+    -- Names that no column has, or it would be meant. One statement, so that all of it is of one moment. Byte by byte: to the operator = 9.9 and 9.90 are the same.
     EXECUTE format(
-        'WITH expected AS (
+        'WITH "de_dw expected" AS (
             SELECT DISTINCT ON (%1$s) %2$s FROM %3$s
             WHERE load_id != ALL (ARRAY(SELECT p.load_id FROM stg.pending_loads AS p WHERE p.table_name = %5$L))
             ORDER BY %1$s, updated_at DESC, row_id DESC
         ),
-        a AS (SELECT expected AS version, %4$s AS is_tombstone, %1$s FROM expected),
-        published AS (SELECT %2$s FROM %6$s),
-        b AS (SELECT published AS version, false AS is_tombstone, %1$s FROM published %7$s)
+        a AS (
+            SELECT "de_dw expected" AS "de_dw version", %4$s AS "de_dw is tombstone", %1$s FROM "de_dw expected"
+        ),
+        "de_dw published" AS (SELECT %2$s FROM %6$s),
+        b AS (
+            SELECT "de_dw published" AS "de_dw version", false AS "de_dw is tombstone", %1$s FROM "de_dw published" %7$s
+        )
         SELECT
-            count(*) FILTER (WHERE b.is_tombstone IS NULL),
-            count(*) FILTER (WHERE a.is_tombstone IS NULL),
+            count(*) FILTER (WHERE b."de_dw is tombstone" IS NULL),
+            count(*) FILTER (WHERE a."de_dw is tombstone" IS NULL),
             count(*) FILTER (
-                WHERE record_image_ne(a.version, b.version) OR a.is_tombstone != b.is_tombstone
+                WHERE record_image_ne(a."de_dw version", b."de_dw version") OR a."de_dw is tombstone" != b."de_dw is tombstone"
             ),
-            count(*) FILTER (WHERE a.is_tombstone IS NOT NULL AND b.is_tombstone IS NOT NULL)
+            count(*) FILTER (WHERE a."de_dw is tombstone" IS NOT NULL AND b."de_dw is tombstone" IS NOT NULL)
         FROM a FULL JOIN b ON %8$s',
         shape.key_list,
         shape.column_list,
@@ -230,7 +234,7 @@ BEGIN
         CASE
             WHEN shape.tombstone IS NOT NULL
                 THEN format(
-                    'UNION ALL SELECT deleted AS version, true AS is_tombstone, %1$s FROM (SELECT %2$s FROM stg.%3$I) AS deleted',
+                    'UNION ALL SELECT "de_dw deleted", true, %1$s FROM (SELECT %2$s FROM stg.%3$I) AS "de_dw deleted"',
                     shape.key_list, shape.column_list, table_name || '_deleted'
                 )
         END,
@@ -378,8 +382,8 @@ DECLARE
 BEGIN
     SELECT * INTO shape FROM stg.shape_of(current_setting('de_dw.table'));
     RETURN QUERY EXECUTE format(
-        'SELECT row_to_json(k), v.updated_at, v.load_id, v.row_id
-        FROM %s AS v CROSS JOIN LATERAL (SELECT %s) AS k
+        'SELECT row_to_json("de_dw key"), v.updated_at, v.load_id, v.row_id
+        FROM %s AS v CROSS JOIN LATERAL (SELECT %s) AS "de_dw key"
         WHERE v.load_id = ANY (%L::bigint[]) AND v.updated_at > %L
         ORDER BY v.updated_at DESC
         LIMIT %s',

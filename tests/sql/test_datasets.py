@@ -260,6 +260,41 @@ def test_dataset_can_be_dropped_and_made_again(things: Warehouse) -> None:
     things.alter(THINGS)
 
 
+def test_ledger_forgets_a_dataset_that_is_dropped_and_only_that(things: Warehouse) -> None:
+    things.given("raw.things", "shop | thing_id | updated_at\na | 1 | 2026-01-01")
+    things.given("raw.orders", "order_id | updated_at\n1 | 2026-01-01")
+
+    things.alter("SET de_dw.allow_data_loss = yes; SELECT stg.drop_latest('things'); SELECT raw.drop_dataset('things')")
+
+    assert things.rows("SELECT table_name FROM raw.loads") == [("raw.orders",)]
+    with pytest.raises(errors.RestrictViolation):
+        things.alter("DELETE FROM raw.loads")
+
+
+@pytest.mark.parametrize("refresh", ["union", "merge"])
+@pytest.mark.parametrize("key", ["key", "k", "version", "a"])
+def test_columns_may_be_called_as_a_function_calls_its_own(warehouse: Warehouse, refresh: str, key: str) -> None:
+    names = [name for name in ("a", "b", "k", "version", "expected", "published", "newest", "newer") if name != key]
+    columns = ", ".join(f"{name} text" for name in [*names, "is_tombstone", "loads", "source"])
+    warehouse.alter(f"""
+        CREATE TABLE raw.odd ({key} text NOT NULL, deleted boolean, {columns}, updated_at timestamptz NOT NULL);
+        SELECT raw.create_dataset('odd');
+        SELECT stg.create_latest('odd', '{{{key}}}', 'deleted', 'true');
+    """)
+    warehouse.given("raw.odd", f"{key} | deleted | updated_at\n1 | NULL | 2026-01-01\n2 | true | 2026-01-01")
+
+    warehouse.rows(f"SELECT * FROM stg.{refresh}_pending('odd_latest')", PIPELINE)
+
+    assert warehouse.rows(f"SELECT {key} FROM stg.odd_latest") == [("1",)]
+    assert warehouse.verification("odd_latest") == (0, 0, 0, 2)
+    pending = "SELECT key ->> '%s' FROM ops.pending_versions('-infinity', 9) ORDER BY 1"
+    with warehouse.connect(PIPELINE) as conn:
+        conn.execute(
+            "SELECT set_config('de_dw.table', 'odd_latest', true), set_config('de_dw.loads_to_apply', '{1}', true)"
+        )
+        assert conn.execute((pending % key).encode()).fetchall() == [("1",), ("2",)]
+
+
 def test_pipeline_can_not_make_or_drop_a_dataset(things: Warehouse) -> None:
     for statement in (
         "SELECT raw.create_dataset('orders')",
