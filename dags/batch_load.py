@@ -293,6 +293,8 @@ def _check_header(cur: Cursor[Any], table: Table, file: BatchFile) -> list[str]:
             f"{name!r} (in the file {lacking[name]!r})" if name in lacking else repr(name)
             for name in problems["missing"]
         )
+        if problems["missing"] and unknown and declared.extra != "refuse":  # one of them may be what is missing
+            shown["of the file, not of the table"] = ", ".join(map(repr, unknown))
         listed = "; ".join(f"{what}: {names}" for what, names in shown.items() if names)
         separated = "commas" if declared.delimiter == "," else repr(declared.delimiter)
         raise BatchError(

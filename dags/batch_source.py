@@ -239,7 +239,7 @@ def _on_disk(root: str, parts: list[str], source: str) -> Iterator[Found]:
         state = _state(root, parts)
     except FileNotFoundError as error:
         if not any(MAGIC.search(part) for part in parts):
-            raise missing(f"source {source!r}", error.strerror) from None
+            raise missing(f"source {source!r}", f"{error.strerror} below {root}") from None
         yield from _matching(root, *_split(parts, lambda parts: _is_folder(root, parts)))
         return
     except NotADirectoryError as error:

@@ -147,12 +147,13 @@ def run_dag(console: Console, dag: Any, step: str, conf: dict[str, Any], say: bo
 
 
 def sentences(run: Any) -> list[str]:
-    """What the tasks of a run say that they did, in the order of their end."""
+    """What the tasks of a run say that they did, or which file they refused and why, in the order of their end."""
     done = [task for task in run.get_task_instances() if task.state in ("success", "failed")]
     said = [
-        (task.end_date, f"{task.task_id}: {summary}")
+        (task.end_date, f"{task.task_id}: {prefix}{text}")
         for task in done
-        if (summary := task.xcom_pull(task_ids=task.task_id, key="summary", map_indexes=task.map_index))
+        for key, prefix in {"summary": "", "refused": "refused: "}.items()
+        if (text := task.xcom_pull(task_ids=task.task_id, key=key, map_indexes=task.map_index))
     ]
     return [sentence for _, sentence in sorted(said)]
 

@@ -239,6 +239,13 @@ def test_header_that_does_not_fit_is_refused_by_both_names(
         load(f"{header}\n", columns={"Nr.": "thing_id", "Preis": "price"})
 
 
+@pytest.mark.parametrize("extra", ["ignore", "keep"])
+def test_missing_column_is_told_beside_what_the_file_has_instead(load: Callable[..., Load], extra: str) -> None:
+    message = r"missing: 'thing_id' \(in the file 'Nr\.'\); of the file, not of the table: 'Nr\. ', 'Menge'\. It"
+    with pytest.raises(BatchError, match=message):
+        load("Nr. ,Menge\n", columns={"Nr.": "thing_id"}, extra=extra)
+
+
 def test_bad_value_is_named_by_both_names(load: Callable[..., Load]) -> None:
     with pytest.raises(BatchError, match=r"line 3, column price \('Preis' in the file\), value 'viel': invalid"):
         load("thing_id,Preis\n1,2\n2,viel\n", columns={"Preis": "price"})

@@ -76,7 +76,7 @@ def test_source_names_files_in_the_natural_order_of_their_names(root: Path, sour
         ("landing/../../outside/*.csv", r"it has \.\. in it"),
         ("/etc/passwd", "is below none of"),
         ("s3://bucket/a.csv", "is below none of"),
-        ("landing/nothing.csv", "No such file"),
+        ("landing/nothing.csv", "No such file or directory below /.*/data\\. Has"),
         (f"landing/{'long' * 100}.csv", "File name too long"),
         ("landing/a\0.csv", "a name that is no text"),
         ("landing/\ud8ff.csv", "a name that is no text"),

@@ -159,7 +159,7 @@ def test_file_that_was_replaced_is_refused_by_both_hashes(
     [
         ("../landing/1.csv", r"it has .. in it"),
         ("/etc/passwd", "is below none of"),
-        ("landing/9.csv", "No such file or directory. Has the file been moved"),
+        ("landing/9.csv", "No such file or directory below "),
         ("landing/link.csv", "not a regular file. No symbolic link is followed"),
     ],
 )

@@ -113,6 +113,19 @@ def test_run_says_what_its_tasks_did(clone: Path) -> None:
     assert "there is no DAG nothing, but customers, orders, verify_customers, verify_orders" in refused.stdout
 
 
+def test_run_says_which_file_was_refused_and_why(clone: Path) -> None:
+    bad = clone / "data" / "landing" / "bad.csv"
+    bad.parent.mkdir(parents=True)
+    bad.write_text("customer_id,name,email,country\n")
+
+    done = make(clone, "run", DAG="customers", CONF='{"source": "landing/bad.csv"}')
+
+    bad.unlink()
+    assert done.returncode != 0
+    assert "    load_raw: refused: landing/bad.csv: " in done.stdout
+    assert "the header does not fit raw.customers. missing: 'updated_at'" in done.stdout
+
+
 @pytest.mark.parametrize("target", ["demo", "up"])
 def test_files_on_s3_without_its_packages_say_what_to_install(clone: Path, target: str) -> None:
     done = make(clone, target, WAREHOUSE_DATA="s3://aws_default@warehouse")
