@@ -14,7 +14,7 @@ import time
 import traceback
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from importlib import metadata as packages
 from pathlib import Path
@@ -191,10 +191,14 @@ def up(console: Console, stack: ExitStack, port: int | None) -> None:
         run([sys.executable, "-m", "airflow", "db", "migrate"], env)
     password = admin_password()
     children: dict[str, subprocess.Popen[bytes]] = {}
-    stack.callback(stop_children, children)
+    guarded = stack.enter_context(start_guard(env))
+    stack.callback(
+        lambda: stop_processes([psutil.Process(child.pid) for child in children.values() if child.poll() is None])
+    )
     with console.step("Airflow started"):
         for name, *arguments in (["api-server"], ["scheduler", "--skip-serve-logs"], ["dag-processor"]):
             children[name] = start_child([sys.executable, "-m", "airflow", name, *arguments], env, LOGS / f"{name}.log")
+            guarded(children[name])
         wait_until_healthy(children, port)
     console.say()
     console.say(f"  UI        http://127.0.0.1:{port}   user {ADMIN}, password {password}")
@@ -235,16 +239,16 @@ def free_port(wanted: int | None) -> int:
     raise Failure(f"port {wanted} is taken: choose another, as in make up PORT=8081")
 
 
-def start_child(command: list[str], env: dict[str, str], log: Path) -> subprocess.Popen[bytes]:
-    setpriv = shutil.which("setpriv")  # if we are killed, it is told to stop
-    prefix = [setpriv, "--pdeathsig", "TERM"] if setpriv else []
+def start_child(
+    command: list[str], env: dict[str, str], log: Path, stdin: int = subprocess.DEVNULL
+) -> subprocess.Popen[bytes]:
     with log.open("wb") as file:
         # A session of its own: Ctrl-C goes to the whole terminal, and we stop them in order.
         return subprocess.Popen(
-            prefix + command,
+            command,
             cwd=ROOT,
             env=os.environ | env,
-            stdin=subprocess.DEVNULL,
+            stdin=stdin,
             stdout=file,
             stderr=file,
             start_new_session=True,
@@ -272,22 +276,50 @@ def wait_until_healthy(children: dict[str, subprocess.Popen[bytes]], port: int) 
         urllib.request.urlopen(f"{base}/execution/health", timeout=60).read()  # noqa: S310
 
 
-def stop_children(children: dict[str, subprocess.Popen[bytes]]) -> None:
+def stop_processes(processes: list[psutil.Process]) -> None:
     """Stop Airflow's processes and what they started: asked twice, then not asked."""
-    family: list[psutil.Process] = []
-    for child in children.values():
+    family = []
+    for process in processes:
         with suppress(psutil.NoSuchProcess):
-            family += psutil.Process(child.pid).children(recursive=True)
+            family += process.children(recursive=True)
     for _ in range(2):
-        for child in children.values():
-            child.terminate()
-        give_up = time.monotonic() + CHILD_STOP_SECONDS
-        while any(child.poll() is None for child in children.values()) and time.monotonic() < give_up:
-            time.sleep(0.05)
-    for process in [*children.values(), *psutil.wait_procs(family, timeout=0)[1]]:
+        for process in processes:
+            with suppress(psutil.NoSuchProcess):
+                process.terminate()
+        _, processes = psutil.wait_procs(processes, timeout=CHILD_STOP_SECONDS)
+    left = [*processes, *psutil.wait_procs(family, timeout=0)[1]]
+    for process in left:
         with suppress(psutil.NoSuchProcess):
             process.kill()
-        process.wait()
+    psutil.wait_procs(left)
+
+
+@contextmanager
+def start_guard(env: dict[str, str]) -> Iterator[Callable[[subprocess.Popen[bytes]], None]]:
+    """Have a process beside us that stops others if we are killed: those for which the function is called."""
+    with start_child([sys.executable, "-m", "local", "guard"], env, LOGS / "guard.log", subprocess.PIPE) as process:
+        pipe = process.stdin
+        assert pipe is not None
+
+        def add(child: subprocess.Popen[bytes]) -> None:
+            pipe.write(b"%d\n" % child.pid)
+            pipe.flush()
+
+        yield add
+
+
+def guard() -> None:
+    """Stop Airflow's processes, whose numbers are read from stdin, once that is closed: the process that started them
+    has stopped them, or was killed.
+
+    A signal at its end (PR_SET_PDEATHSIG) would not do: Airflow's processes log when they are told to stop, and one
+    that was just logging then waits for itself forever.
+    """
+    processes = []
+    for line in sys.stdin:
+        with suppress(psutil.NoSuchProcess):
+            processes.append(psutil.Process(int(line)))
+    stop_processes(processes)
 
 
 def down() -> None:
@@ -331,7 +363,11 @@ def main() -> int:
         help="of the UI; default 8080, or a free one",
     )
     commands.add_parser("down", help="stop what runs")
+    commands.add_parser("guard", help="of up: stop what it started if it is killed")
     arguments = parser.parse_args()
+    if arguments.command == "guard":
+        guard()
+        return 0
     if arguments.command == "down":
         try:
             down()

@@ -89,9 +89,11 @@ def run_once(console: Console, env: dict[str, str], name: str, conf: dict[str, A
     """One run of a DAG, and what each task says of it.
 
     :param conf: its params.
-    :raises Failure: a task failed, or there is no such DAG.
+    :raises Failure: a task failed, or there is no such DAG, or it has no such param.
     """
     dag = load_dag(console, env, name)
+    if strange := sorted(conf.keys() - dag.params.keys()):
+        raise Failure(f"{name} has no params {', '.join(strange)}, but {', '.join(dag.params) or 'none'}")
     from airflow.settings import dispose_orm
 
     try:

@@ -108,6 +108,9 @@ def test_run_says_what_its_tasks_did(clone: Path) -> None:
     refused = make(clone, "run", DAG="customers", CONF="{rows}")
     assert refused.returncode != 0
     assert "CONF is no JSON" in refused.stdout
+    refused = make(clone, "run", DAG="customers", CONF='{"row": 1000}')
+    assert refused.returncode != 0
+    assert "customers has no params row, but rows, seed, source" in refused.stdout
     refused = make(clone, "run", DAG="nothing")
     assert refused.returncode != 0
     assert "there is no DAG nothing, but customers, orders, verify_customers, verify_orders" in refused.stdout
@@ -198,3 +201,14 @@ def test_up_that_is_interrupted_leaves_no_process(clone: Path, up: Up, number: i
 
     wait_until(lambda: processes(clone) == [], 60)
     assert not (clone / ".run" / "postgres" / "data" / "postmaster.pid").exists()
+
+
+def test_process_that_does_not_listen_is_stopped_when_what_started_it_is_gone(tmp_path: Path) -> None:
+    deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); time.sleep(600)"
+    with subprocess.Popen([sys.executable, "-c", deaf], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+
+        subprocess.run([sys.executable, "-m", "local", "guard"], cwd=ROOT, input=b"%d\n" % process.pid, check=True)
+
+        assert process.wait(10) == -signal.SIGKILL
