@@ -11,6 +11,7 @@ import hashlib
 import io
 import logging
 import os
+import re
 import time
 import zlib
 from bisect import bisect_right
@@ -59,9 +60,12 @@ NOT_CSV = {
     b"{": "JSON",
     b"[": "JSON",
 }
+# With these the first record of a file without a header may begin, too.
+DATA = (b"<", b"{", b"[")
 # Marks at the beginning of a text, and the encodings that have them.
 MARKS = {BOM: ["utf-8"], b"\xff\xfe": ["utf-16", "utf-16-le"], b"\xfe\xff": ["utf-16", "utf-16-be"]}
 
+LINE = re.compile(rb"([^\r\n]*)(\r\n|\n|\r)")
 STRAY_QUOTE = "a quote inside a field that is not quoted, or one that is not doubled inside a field that is"
 OPEN_QUOTE = "a quoted field that never ends"
 END_OF_DATA = r"a line of just \., the end of the data for PostgreSQL 17 and older"
@@ -84,11 +88,11 @@ class Records:
 
 
 class BatchFile:
-    """A CSV file with a header line, as it is or packed with gzip: a context manager that closes it.
+    """A CSV file, as it is or packed with gzip: a context manager that closes it.
 
     It has the `header` line as received, the `names` in it and the `columns` that they stand for, the `newline` that
-    ends it, and how many `header_lines` it takes; `lines` of the whole file, and its `sha256`, once blocks or records
-    came to their end. All text of it is in UTF-8, whatever the file is in.
+    ends it, and how many `header_lines` it takes, 0 where the names are declared; `lines` of the whole file, and its
+    `sha256`, once blocks or records came to their end. All text of it is in UTF-8, whatever the file is in.
 
     :param path: only a regular file, or an object.
     :param file_format: how it is written.
@@ -105,14 +109,16 @@ class BatchFile:
             self.is_gzip = self._file.read(len(GZIP)) == GZIP
             self._file.seek(0)
             start = self._start()
-            self.has_bom = start.startswith(BOM)
-            self.header, self.newline = self._first_record(start.removeprefix(BOM))
-            self.names = self._names()
+            self.mark = BOM if start.startswith(BOM) else b""
+            first, self.newline = self._first_record(start.removeprefix(BOM))
+            self.has_header = not file_format.header
+            self.header = first if self.has_header else b""
+            self.names = self._names() if self.has_header else list(file_format.header)
             self.columns = [file_format.columns.get(name, name) for name in self.names]
         except BaseException:
             self._file.close()
             raise
-        self.header_lines = 1 + self.header.count(self.newline[-1:])
+        self.header_lines = 1 + self.header.count(self.newline[-1:]) if self.has_header else 0
         self.lines = 0
         self.sha256 = ""
 
@@ -188,7 +194,7 @@ class BatchFile:
         blocks = self.blocks()
         data, at, at_end = b"", 0, False  # the text that was read, and how much of it is done with
         line = 1 + self.header_lines
-        skip = (len(BOM) if self.has_bom else 0) + len(self.header) + len(self.newline)
+        skip = len(self.mark) + (len(self.header) + len(self.newline) if self.has_header else 0)
         while not at_end or at < len(data):
             if len(data) - at < skip + CHUNK_BYTES and not at_end:
                 parts, size = [data[at:]], len(data) - at
@@ -376,8 +382,11 @@ class BatchFile:
             raise BatchError(f"{self.path}: the gzip file is damaged or cut off: {error}. Deliver it again.") from None
         text = start.removeprefix(BOM)
         if not text.strip():
-            raise BatchError(f"{self.path}: the file is empty. A batch without rows has a header all the same.")
+            remedy = "" if self.format.header else " A batch without rows has a header all the same."
+            raise BatchError(f"{self.path}: the file is empty.{remedy}")
         for magic, what in NOT_CSV.items():
+            if self.format.header and magic in DATA:
+                continue
             if text.lstrip().startswith(magic) or (first.startswith(magic) and not is_utf_16):
                 raise BatchError(f"{self.path}: not a CSV file but {what}")
         if b"\0" in first and not is_utf_16:
@@ -392,12 +401,15 @@ class BatchFile:
         return start
 
     def _first_record(self, start: bytes) -> tuple[bytes, bytes]:
-        """The header line and the line end behind it."""
+        """The first line, which is the header if there is one, and the line end behind it."""
         match = self.dialect.first_record.match(start)
+        if match is None and self.format.header:
+            match = LINE.match(start)  # its quotes are looked at with those of the others
         if match is None:
             is_open = self.dialect.quote in start
             problem = "a quote in it is not closed" if is_open else f"no line ends in its first {len(start):,} bytes"
-            raise BatchError(f"{self.path}, line 1: the header can't be read: {problem}")
+            what = "line" if self.format.header else "header"
+            raise BatchError(f"{self.path}, line 1: the {what} can't be read: {problem}")
         return match[1], match[2]
 
     def _names(self) -> list[str]:

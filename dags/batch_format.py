@@ -20,6 +20,7 @@ ENCODINGS = re.compile(
 TIME_ZONE = re.compile(r"[A-Za-z_]+(/[A-Za-z_-]+)*|Etc/GMT[+-]\d\d?")
 EXTRA = ("refuse", "ignore", "keep")
 DATE_ORDERS = ("YMD", "DMY", "MDY")
+DECIMALS = (".", ",")
 # What PostgreSQL takes for neither delimiter nor quote of CSV, or what would make a file ambiguous.
 NO_DELIMITER = "\r\n\0\\."
 # Instants as numbers: how many of what are a second.
@@ -34,11 +35,16 @@ class Format:
 
     :param delimiter: one ASCII character between fields, such as ";", "|" or a tab.
     :param quote: one ASCII character around fields that have one of these or a line end in them; doubled within.
+    :param null: what stands for NULL where it is not in quotes, such as "NULL" or "\\N". A field with nothing in it
+        is an empty text then, as one of "" is by default.
     :param encoding: as Python names it: utf-8, utf-16 (with its mark; else utf-16-le, utf-16-be), latin-1, cp1252 ...
+    :param header: of files that have no header line, the names of their columns in order.
     :param columns: of header names that differ from those of the table: name in the file -> column.
     :param extra: what becomes of columns that the table does not have. "refuse": the file is; "ignore": they are left
         out; "keep": they go to the table's column `extra` jsonb, by their names in the file, as text.
     :param optional: columns that a file need not have: they get the column's DEFAULT, or NULL.
+    :param decimal: the sign before the fraction of a number, "." or ",". With "," a number has no other sign in it:
+        1.234 is bad, because nobody can know which of the two it is.
     :param date_order: what 03/04/2026 is, as in PostgreSQL's DateStyle. A date that begins with its year is clear.
     :param time_zone: of instants without an offset, such as "Europe/Berlin". PostgreSQL takes one that its clocks skip
         in spring to be an hour later, and one that they show twice in autumn to be the second.
@@ -50,10 +56,13 @@ class Format:
 
     delimiter: str = ","
     quote: str = '"'
+    null: str = ""
     encoding: str = "utf-8"
+    header: tuple[str, ...] = ()
     columns: Mapping[str, str] = field(default_factory=dict)
     extra: str = "refuse"
     optional: tuple[str, ...] = ()
+    decimal: str = "."
     date_order: str = "YMD"
     time_zone: str = "UTC"
     timestamps: Mapping[str, str] = field(default_factory=dict)
@@ -66,6 +75,8 @@ class Format:
                 raise ValueError(f"{name} {value!r} is not one ASCII character that can be it, such as ; | or a tab")
         if self.delimiter == self.quote:
             raise ValueError(f"delimiter and quote are both {self.quote!r}")
+        if self.null == "\\." or not self.null.isprintable() or {self.delimiter, self.quote} & {*self.null}:
+            raise ValueError(f"null {self.null!r} has delimiter, quote or a line end in it, or is the end of data")
         try:
             known = codecs.lookup(self.encoding).name.removesuffix("-sig")
         except LookupError:
@@ -77,7 +88,7 @@ class Format:
                 f"gb18030, gbk, big5, shift_jis, euc_jp, euc_kr"
             )
         object.__setattr__(self, "encoding", known)
-        for name, choices in (("extra", EXTRA), ("date_order", DATE_ORDERS)):
+        for name, choices in (("extra", EXTRA), ("date_order", DATE_ORDERS), ("decimal", DECIMALS)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, and must be one of {', '.join(choices)}")
         if not TIME_ZONE.fullmatch(self.time_zone):
@@ -88,8 +99,9 @@ class Format:
                     f"the pattern {pattern!r} of {column} must have something in it, but not TZ, OF or TM: PostgreSQL "
                     f"reads these but does not write them as they were. What is no part of it belongs in double quotes"
                 )
-        if isinstance(self.optional, str):
-            raise ValueError(f"optional is {self.optional!r}, and must be a tuple of columns")
+        for name in ("optional", "header"):
+            if isinstance(getattr(self, name), str):
+                raise ValueError(f"{name} is {getattr(self, name)!r}, and must be a tuple of columns")
 
     def declared(self) -> dict[str, Any]:
         """What differs from the default, by name."""
@@ -103,16 +115,16 @@ class Format:
 
     @property
     def dialect(self) -> "Dialect":
-        return dialect(self.delimiter.encode(), self.quote.encode())
+        return dialect(self.delimiter.encode(), self.quote.encode(), self.null.encode())
 
 
 class Dialect:
-    """Delimiter and quote, with what finds them in text."""
+    """Delimiter, quote and what stands for NULL, with what finds them in text."""
 
-    def __init__(self, delimiter: bytes, quote: bytes) -> None:
-        self.delimiter, self.quote = delimiter, quote
+    def __init__(self, delimiter: bytes, quote: bytes, null: bytes) -> None:
+        self.delimiter, self.quote, self.null = delimiter, quote, null
         self.quote_byte = quote[0]
-        self.is_default = (delimiter, quote) == (b",", b'"')
+        self.is_default = (delimiter, quote, null) == (b",", b'"', b"")
         # By byte: may it stand before the quote that begins a field and after the one that ends it? A doubled one may.
         self.beside_a_quote = np.isin(np.arange(256), list(b"\r\n" + delimiter + quote))
         d, q = re.escape(delimiter), re.escape(quote)
@@ -125,8 +137,8 @@ class Dialect:
 
 
 @cache
-def dialect(delimiter: bytes, quote: bytes) -> Dialect:
-    return Dialect(delimiter, quote)
+def dialect(delimiter: bytes, quote: bytes, null: bytes) -> Dialect:
+    return Dialect(delimiter, quote, null)
 
 
 DEFAULT = Format()

@@ -5,6 +5,8 @@ text, if that has no such column or PostgreSQL would not read it. From it an INS
 order of the file, and there its rules are looked at.
 """
 
+import re
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -15,6 +17,8 @@ from psycopg import Cursor, sql
 
 # The column that keeps those of a file that the table does not have.
 EXTRA_COLUMN = "extra"
+# Types of numbers that have a fraction.
+WITH_FRACTION = re.compile(r"numeric\b|real$|double precision$")
 NAME_BYTES = 63  # PostgreSQL would cut a longer one
 # The column of ours that counts the records.
 ORDER = "order of the file"
@@ -57,11 +61,50 @@ class Table(NamedTuple):
         return Table(self.schema, f"{self.name}_rejects")
 
 
-@dataclass(frozen=True)
-class Conversion:
-    """How a text becomes an instant.
+class Conversion(ABC):
+    """How a text becomes a value that PostgreSQL would not read.
 
     :param type: of the column, such as timestamptz.
+    """
+
+    type: str
+
+    @property
+    @abstractmethod
+    def reason(self) -> str:
+        """What is wrong with a text that it does not take."""
+
+    @abstractmethod
+    def value(self, received: sql.Composable) -> sql.Composable:
+        """The expression of the value."""
+
+    @abstractmethod
+    def is_whole(self, received: sql.Composable) -> sql.Composable:
+        """The condition that the value is all that was received, or that nothing was."""
+
+
+@dataclass(frozen=True)
+class DecimalComma(Conversion):
+    """A number with a comma before its fraction."""
+
+    type: str
+    reason = "not a number with a decimal comma and no other sign in it"
+
+    def value(self, received: sql.Composable) -> sql.Composable:
+        return sql.SQL("translate({}, ',', '.')::{}").format(received, sql.SQL(self.type))
+
+    def is_whole(self, received: sql.Composable) -> sql.Composable:
+        return sql.SQL(
+            "CASE WHEN {0} IS NULL THEN true"
+            " WHEN {0} ~ '^ *[-+]?([0-9]+(,[0-9]*)?|,[0-9]+)([eE][-+]?[0-9]+)? *$' THEN ({1}) IS NOT NULL"
+            " ELSE false END"
+        ).format(received, self.value(received))
+
+
+@dataclass(frozen=True)
+class Instant(Conversion):
+    """An instant that is written in a way of its own.
+
     :param pattern: of to_timestamp, or one of EPOCHS.
     """
 
@@ -70,13 +113,11 @@ class Conversion:
 
     @property
     def reason(self) -> str:
-        """What is wrong with a text that it does not take."""
         if self.pattern in EPOCHS:
             return f"not a number of {EPOCHS[self.pattern][1]} since 1970 that the column holds exactly"
         return f"not a time as the pattern {self.pattern} reads and writes it"
 
     def value(self, received: sql.Composable) -> sql.Composable:
-        """The expression of the instant."""
         if self.pattern in EPOCHS:
             instant = sql.SQL("to_timestamp({}::double precision / {})").format(received, EPOCHS[self.pattern][0])
         else:
@@ -84,10 +125,7 @@ class Conversion:
         return sql.SQL("{}::{}").format(instant, sql.SQL(self.type))
 
     def is_whole(self, received: sql.Composable) -> sql.Composable:
-        """The condition that the instant is all that was received, or that nothing was.
-
-        to_timestamp takes what is almost right, and leaves out what follows; a column may have no room for fractions.
-        """
+        # to_timestamp takes what is almost right, and leaves out what follows; a column may have no room for fractions.
         instant = sql.SQL("({})::timestamptz").format(self.value(received))
         if self.pattern in EPOCHS:
             same = sql.SQL("{0} ~ '^-?[0-9]+([.][0-9]+)?$' AND extract(epoch FROM {1}) * {2} = {0}::numeric").format(
@@ -121,15 +159,25 @@ class Landing:
 
         :param extra: columns of it that the target does not have.
         """
-        if not extra and not set(file.format.timestamps) & set(file.columns):
+        declared = file.format
+        has_conversions = declared.decimal != "." or not declared.timestamps.keys().isdisjoint(file.columns)
+        if not extra and not has_conversions:
             return cls(target, target, file.columns)
         cur.execute(COLUMNS, (target.quoted,))
         types: dict[str, str] = dict(cur.fetchall())
-        conversions = {
-            column: Conversion(types[column], pattern)
-            for column, pattern in file.format.timestamps.items()
+        conversions: dict[str, Conversion] = {
+            column: Instant(types[column], pattern)
+            for column, pattern in declared.timestamps.items()
             if column in file.columns
         }
+        if declared.decimal == ",":
+            conversions |= {
+                column: DecimalComma(type_)
+                for column, type_ in types.items()
+                if column in file.columns and WITH_FRACTION.match(type_)
+            }
+        if not extra and not conversions:
+            return cls(target, target, file.columns)
         columns: list[str] = []
         sources: dict[str, sql.Composable] = {}
         kept: dict[str, sql.Composable] = {}
@@ -141,7 +189,7 @@ class Landing:
                 columns.append(column)
                 received = sql.Identifier(column)
                 sources[column] = conversions[column].value(received) if column in conversions else received
-        if kept and file.format.extra == "keep":
+        if kept and declared.extra == "keep":
             sources[EXTRA_COLUMN] = sql.SQL("jsonb_object({}::text[], ARRAY[{}]::text[])").format(
                 list(kept), sql.SQL(", ").join(kept.values())
             )
@@ -192,13 +240,17 @@ class Landing:
             cur.execute(sql.SQL("DROP TABLE {}").format(self.table.identifier))
 
 
-def copy_statement(landing: Landing, file: BatchFile) -> sql.Composed:
-    """COPY FROM STDIN of a file's text, which is in UTF-8 and has a header line."""
+def copy_statement(landing: Landing, file: BatchFile, *, has_header: bool) -> sql.Composed:
+    """COPY FROM STDIN of a file's text, which is in UTF-8.
+
+    :param has_header: the text that is sent begins with a header line.
+    """
     options: sql.Composable = sql.SQL("")
     if not file.dialect.is_default:
-        options = sql.SQL(", DELIMITER {}, QUOTE {}").format(file.format.delimiter, file.format.quote)
-    return sql.SQL("COPY {} ({}) FROM STDIN WITH (FORMAT csv, HEADER true, ENCODING 'UTF8'{})").format(
-        landing.table.identifier, sql.SQL(", ").join(map(sql.Identifier, landing.columns)), options
+        declared = file.format
+        options = sql.SQL(", DELIMITER {}, QUOTE {}, NULL {}").format(declared.delimiter, declared.quote, declared.null)
+    return sql.SQL("COPY {} ({}) FROM STDIN WITH (FORMAT csv, HEADER {}, ENCODING 'UTF8'{})").format(
+        landing.table.identifier, sql.SQL(", ").join(map(sql.Identifier, landing.columns)), has_header, options
     )
 
 

@@ -308,7 +308,7 @@ class _Sorter:
         self.file = file
         self.copied = 0
         self._functions: list[sql.Identifier] = []
-        self._copy_statement = copy_statement(landing, file)
+        self._copy_statement = copy_statement(landing, file, has_header=True)
         cur.adapters.register_dumper(_TextArray, _TextArrayDumper)
         cur.execute("SELECT current_setting('de_dw.load_id')")
         ((load_id,),) = cur.fetchall()
@@ -575,17 +575,17 @@ def _as_rows(records: list[bytes], dialect: Dialect) -> _TextArray:
 
 
 def _with_commas(record: bytes, dialect: Dialect) -> bytes:
-    """A record as it would stand in a file with commas and double quotes."""
-    if not (b"," in record or b'"' in record or dialect.quote in record):
+    """A record as it would stand in a file with commas, double quotes and nothing for NULL."""
+    if not (dialect.null or b"," in record or b'"' in record or dialect.quote in record):
         return record.replace(dialect.delimiter, b",")
-    values = [(found, _text(found, dialect)) for found in fields(record, dialect)]
-    return b",".join(b'"' + (text or "").replace('"', '""').encode() + b'"' if found else b"" for found, text in values)
+    values = [_text(found, dialect) for found in fields(record, dialect)]
+    return b",".join(b"" if value is None else b'"' + value.replace('"', '""').encode() + b'"' for value in values)
 
 
 def _text(field: bytes, dialect: Dialect) -> str | None:
-    """The value of a field as it stands in a record; None where there is nothing."""
+    """The value of a field as it stands in a record; None where it is NULL."""
     if not field.startswith(dialect.quote):
-        return field.decode() or None
+        return None if field == dialect.null else field.decode()
     return field[1:-1].replace(dialect.quote * 2, dialect.quote).decode()
 
 

@@ -56,8 +56,9 @@ def load(warehouse: Warehouse, tmp_path: Path) -> Callable[..., Load]:
         max_rejects: int = 0,
         **declared: Any,
     ) -> Load:
-        header, end, records = content.partition("\n")
-        data = f"{header}{end}{'x' * 5 + end if bad else ''}{records}".encode(written_in)
+        bad_record = "xxxxx\n" if bad else ""
+        header, end, records = content.partition("\n") if not declared.get("header") else ("", "", content)
+        data = f"{header}{end}{bad_record}{records}".encode(written_in)
         path = tmp_path / "things.csv"
         path.write_bytes(pack(data) if pack else data)
         with warehouse.connect() as conn:
@@ -532,6 +533,153 @@ def test_rules_of_a_column_that_is_converted_hold(warehouse: Warehouse, load: Ca
 
 
 @by_both_ways
+def test_text_that_stands_for_null_is_declared_and_counts_only_without_quotes(
+    warehouse: Warehouse, load: Callable[..., Load], bad: int
+) -> None:
+    content = 'thing_id,name,price,seen_at\n1,NULL,NULL,NULL\n2,"NULL",1,2026-01-01\n3,,2,"2026-01-01"\n4,"","3",NULL\n'
+
+    loaded = load(content, bad=bad, null="NULL")
+
+    assert (loaded.rows, loaded.rejects) == (4, bad)
+    assert [row[1:3] for row in warehouse.rows(ROWS)] == [(None, None), ("NULL", "1"), ("", "2"), ("", "3")]
+
+
+@by_both_ways
+def test_text_that_stands_for_null_goes_with_other_declarations(
+    warehouse: Warehouse, load: Callable[..., Load], bad: int
+) -> None:
+    content = 'thing_id;name;price;more\n1;\\N;\\N;\\N\n2;a\\N;1,5;\n3;;2;"x;y"\n'
+
+    loaded = load(content, bad=bad, null="\\N", delimiter=";", decimal=",", extra="keep")
+
+    assert (loaded.rows, loaded.rejects) == (3, bad)
+    assert [(*row[1:3], row[4]) for row in warehouse.rows(ROWS)] == [
+        (None, None, {"more": None}),
+        ("a\\N", "1.5", {"more": ""}),
+        ("", "2", {"more": "x;y"}),
+    ]
+
+
+def test_field_with_nothing_in_it_is_no_number_where_another_text_stands_for_null(
+    warehouse: Warehouse, load: Callable[..., Load]
+) -> None:
+    loaded = load("thing_id,price\n1,\n2,NA\n", null="NA", max_rejects=1)
+
+    assert (loaded.rows, loaded.rejects) == (1, 1)
+    assert warehouse.rows("SELECT line_number, line, column_name FROM raw.things_rejects") == [(2, "1,", "price")]
+
+
+@by_both_ways
+@pytest.mark.parametrize(("written_in", "encoding"), [("utf-8", "utf-8"), ("utf-8-sig", "utf-8"), ("utf-16", "utf-16")])
+@pytest.mark.parametrize("content", ['1,"a\nb",2\n2,ü,\n', '1,"a\r\nb",2\r\n2,ü,\r\n'], ids=["lf", "crlf"])
+def test_file_without_a_header_line_has_the_columns_that_are_declared(
+    warehouse: Warehouse, load: Callable[..., Load], bad: int, content: str, written_in: str, encoding: str
+) -> None:
+    if bad and "\r" in content:
+        content = content.replace("\r", "")
+
+    loaded = load(content, bad=bad, header=("thing_id", "name", "price"), written_in=written_in, encoding=encoding)
+
+    assert (loaded.rows, loaded.rejects) == (2, bad)
+    assert [(row[0], row[1].replace("\r", ""), row[2]) for row in warehouse.rows(ROWS)] == [
+        (1, "a\nb", "2"),
+        (2, "ü", None),
+    ]
+    assert warehouse.rows("SELECT header, format ->> 'header' FROM raw.loads") == [
+        ("", '["thing_id", "name", "price"]')
+    ]
+
+
+def test_bad_record_of_a_file_without_a_header_line_is_told_with_its_line(
+    warehouse: Warehouse, load: Callable[..., Load]
+) -> None:
+    content = '1,"a\nb"\n2,x"y\n3,c\nfour,d\n5\n'
+    with pytest.raises(BatchError, match=r"3 of 5 records are bad[^!]*line 3: a quote[^!]*line 5, column thing_id"):
+        load(content, header=("thing_id", "name"))
+
+    loaded = load(content, header=("thing_id", "name"), max_rejects=3)
+
+    assert (loaded.rows, loaded.rejects) == (2, 3)
+    assert warehouse.rows("SELECT line_number, line FROM raw.things_rejects ORDER BY line_number") == [
+        (3, '2,x"y'),
+        (5, "four,d"),
+        (6, "5"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("four,a\n", "line 1, column thing_id, value 'four': invalid input syntax"),
+        ('1,a"b\n2,c\n', "line 1: a quote inside a field"),
+        ('1,"a\n', "line 1: a quoted field that never ends"),
+        ("1\n", 'line 1: missing data for column "name"'),
+        ("1,a,b\n", "line 1: extra data after last expected column"),
+        ("<html>\n", "line 1: missing data"),
+        ("", r"things\.csv: the file is empty\.$"),
+        ("\n\n", r"things\.csv: the file is empty\.$"),
+        ("1" * 70_000 + "\n", "line 1: the line can't be read: no line ends in its first 65,536 bytes"),
+        ("1,a\n2,b", "the last line has no line end"),
+        ("1,a\n2,b\r\n", "line 2: a line end unlike"),
+        ("1,a\n\\.\n2,b\n", r"line 2: a line of just \\\."),
+        ("\\.\n2,b\n", r"line 1: a line of just \\\."),
+    ],
+)
+def test_file_without_a_header_line_is_refused_as_one_with_it(
+    load: Callable[..., Load], content: str, message: str
+) -> None:
+    with pytest.raises(BatchError, match=message):
+        load(content, header=("thing_id", "name"))
+
+
+def test_declared_header_may_leave_a_column_out_and_maps_names(warehouse: Warehouse, load: Callable[..., Load]) -> None:
+    load("1|a|2|\n", delimiter="|", header=("id", "name", "price", ""), columns={"id": "thing_id"}, extra="ignore")
+
+    assert [row[:3] for row in warehouse.rows(ROWS)] == [(1, "a", "2")]
+    with pytest.raises(BatchError, match=r"the header that is declared does not fit raw\.things\. unknown: 'colour'"):
+        load("1,red\n", header=("thing_id", "colour"), batch_id="b")
+
+
+@by_both_ways
+@pytest.mark.parametrize(
+    ("received", "kept"),
+    [("1,50", "1.50"), ("1234", "1234"), ('"0,5"', "0.5"), ("+,25", "0.25"), ("7,", "7"), (" 8,5 ", "8.5")],
+)
+def test_number_may_have_a_decimal_comma(
+    warehouse: Warehouse, load: Callable[..., Load], bad: int, received: str, kept: str
+) -> None:
+    loaded = load(f"thing_id;price\n1;{received}\n2;\n", bad=bad, delimiter=";", decimal=",")
+
+    assert (loaded.rows, loaded.rejects) == (2, bad)
+    assert [row[2] for row in warehouse.rows(ROWS)] == [kept, None]
+
+
+@pytest.mark.parametrize("value", ["1.50", "1.234,50", "1 234,5", "1,2,3", "NaN", "Infinity", "x", ",", "0x1F", "1_0"])
+def test_number_with_another_sign_beside_the_decimal_comma_is_bad(
+    warehouse: Warehouse, load: Callable[..., Load], value: str
+) -> None:
+    content = f"thing_id;price\n1;{value}\n2;1\n"
+    with pytest.raises(BatchError, match=f"line 2, column price, value '{value}': not a number with a decimal comma"):
+        load(content, delimiter=";", decimal=",")
+
+    assert load(content, delimiter=";", decimal=",", max_rejects=1).rejects == 1
+
+
+@pytest.mark.parametrize("type_", ["real", "double precision", "numeric(5,2)"])
+def test_number_with_a_decimal_comma_is_looked_at_by_its_type_and_its_rules(
+    warehouse: Warehouse, load: Callable[..., Load], type_: str
+) -> None:
+    warehouse.alter(f"ALTER TABLE raw.things ALTER price TYPE {type_}")
+    too_large = "9" * 400
+
+    loaded = load(f"thing_id;price\n1;2,5\n2;-2,5\n3;{too_large}\n", delimiter=";", decimal=",", max_rejects=2)
+
+    assert (loaded.rows, loaded.rejects) == (1, 2)
+    reasons = [reason for (reason,) in warehouse.rows("SELECT reason FROM raw.things_rejects ORDER BY line_number")]
+    assert "price_is_positive" in reasons[0]
+
+
+@by_both_ways
 def test_end_of_data_and_stray_quotes_are_found_with_another_delimiter(load: Callable[..., Load], bad: int) -> None:
     for record, message in (("\\.", r"a line of just \\\."), ("1;a'b'", "a quote inside a field")):
         with pytest.raises(BatchError, match=message):
@@ -578,6 +726,9 @@ def test_file_with_extra_columns_is_loaded_once_too(warehouse: Warehouse, load: 
         ({"extra": "drop"}, "extra is 'drop', and must be one of refuse, ignore, keep"),
         ({"date_order": "YDM"}, "must be one of YMD, DMY, MDY"),
         ({"optional": "name"}, "must be a tuple"),
+        ({"header": "name"}, "must be a tuple"),
+        ({"decimal": ";"}, "decimal is ';', and must be one of"),
+        *(({"null": null}, "null .* has delimiter, quote or a line end in it") for null in ("a,b", 'a"', "a\n", "\\.")),
         ({"timestamps": {"seen_at": ""}}, "pattern '' of seen_at must have something in it"),
         ({"timestamps": {"seen_at": "YYYYMMDDTZH"}}, "but not TZ, OF or TM"),
     ],
