@@ -9,7 +9,7 @@ file) ──> **raw.{name}** ──> `check_batch` ──> `choose_refresh` ─�
 | `find_files` | lists what `source` names, without the files that the ledger knows | it changes nothing |
 | `load_raw` | brings a file to `raw.{name}`, with a row in `raw.loads` | what the ledger has is not loaded again |
 | `report_files` | is red when a file was refused, and says which and why | it changes nothing |
-| `check_batch` | asks `sql/checks/` of what is pending; one that fails stops it | it adds to `ops.check_results` only |
+| `check_batch` | asks `sql/checks/` of all that is pending; a failed one stops | it adds to `ops.check_results` only |
 | `choose_refresh` | looks how much is pending (param `refresh`: auto) | it changes nothing |
 | `swap_latest` | all of raw, swapped in: the first time, or to mend stg | readers see the old rows or the new |
 | `union_latest` | previous rows and pending loads, swapped in: for large batches | the same |
@@ -305,6 +305,7 @@ def batch_dag(dataset: Dataset, doc: str | None = None) -> None:
                         batch_id=file["name"],
                         path=stored(file["url"]) if is_made else open_file(file["url"], roots=roots, open_path=stored),
                         updated_at=batch_time(dag_run) if is_made or "updated_at" in dataset.format.optional else None,
+                        run_id=dag_run.run_id,
                         max_rejects=params["max_rejects"],
                         load_again=params["load_again"],
                         file_format=Format() if is_made else dataset.format,
@@ -322,13 +323,17 @@ def batch_dag(dataset: Dataset, doc: str | None = None) -> None:
             """Say what became of each file; red when one was not loaded, though others were."""
             return report_landed(ti, raw.name, files, "find_files", "load_raw")
 
-        @task(trigger_rule="all_done_min_one_success", on_failure_callback=help_at("a-check-is-red"))
+        # Also when nothing was loaded: what an earlier run could not publish does not have to wait for a new file.
+        @task(trigger_rule="all_done", on_failure_callback=help_at("a-check-is-red"))
         def check_batch(params: Any = None, dag_run: Any = None, ti: Any = None) -> dict[str, Any]:
             """Ask each of sql/checks/ of the pending loads: `fail` stops here, stg stays as it is; `warn` is shown."""
+            is_asked = params["refresh"] != "auto" or any(ti.xcom_pull(task_ids=["load_raw"]))
             with PostgresHook("de_dw").get_conn() as conn:
                 loads, results = check_pending(
                     conn, table=latest_name, checks=checks, batch_id=dag_run.run_id, accept=params["accept"] or ()
                 )
+            if not loads and not is_asked:
+                raise AirflowSkipException(f"{latest.name}: nothing was loaded, and nothing waits from earlier runs")
             return report_checks(ti, latest_name, loads, results)
 
         @task.branch

@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from batch_file import BOM, END_OF_DATA, STRAY_QUOTE, BatchFile, scan
+from batch_file import END_OF_DATA, STRAY_QUOTE, BatchFile, scan
 from batch_format import DEFAULT, Format
 from batch_landing import EXTRA_COLUMN, LOST, Landing, Table, copy_statement
 from batch_rejects import Limit, Problem, is_about_data, load_good_records, printable
@@ -121,6 +121,7 @@ def load_batch(
     batch_id: str,
     path: Path | StoredPath | Below,
     updated_at: datetime | None = None,
+    run_id: str | None = None,
     max_rejects: int | str = 0,
     load_again: bool = False,
     file_format: Format = DEFAULT,
@@ -133,10 +134,11 @@ def load_batch(
     :param table: such as "raw.orders". Its columns, but for row_id and load_id, are those that the
         file's header must name, in any order.
     :param batch_id: the batch's name. The same name with the same bytes is a success that loads nothing.
-    :param path: a CSV file with a header line, as it is or packed with gzip. Only read, in blocks of 64 KiB. An
+    :param path: a CSV file, as it is or packed with gzip. Only read, in blocks of 64 KiB. An
         object of a store too, by a path such as airflow.sdk.ObjectStoragePath("s3://aws_default@bucket/orders.csv").
     :param updated_at: the moment that all rows of the batch share, for the ledger, and for columns whose DEFAULT is the
         setting de_dw.updated_at. Without an offset it is in UTC.
+    :param run_id: who loads it, for the ledger: a run of Airflow.
     :param max_rejects: how many records may be bad, as a number or a percentage such as "1%". They are kept in the
         table's quarantine (of raw.orders: raw.orders_rejects), and the others are loaded.
     :param load_again: load the bytes though another batch has brought them before.
@@ -190,7 +192,9 @@ def load_batch(
         found = found or (first if not load_again else None)
         is_new = False
         if not found:
-            found, is_new = _load(cur, to, batch_id, file, updated_at, limit, first.load_id if first else None, extra)
+            found, is_new = _load(
+                cur, to, batch_id, file, updated_at, run_id, limit, first.load_id if first else None, extra
+            )
             if load_again and not is_new:
                 raise errors.SerializationFailure(
                     f"another loader has just brought the same bytes as batch {found.batch_id}: call again"
@@ -258,6 +262,7 @@ def _check_header(cur: Cursor[Any], table: Table, file: BatchFile) -> list[str]:
     has_extra = any(is_extra for _, _, is_extra, _, _ in found)
     required = {name: is_required for name, is_required, is_extra, _, _ in found if not is_extra}
     declared = file.format
+    where = f"{file.path}, line 1: the header" if file.has_header else f"{file.path}: the header that is declared"
     optional = {*declared.optional, *(name for name, _, _, is_counted, _ in found if is_counted)}
     instants = [name for name, _, _, _, is_instant in found if is_instant]
     named = [*declared.optional, *declared.columns.values(), *declared.timestamps]
@@ -267,7 +272,7 @@ def _check_header(cur: Cursor[Any], table: Table, file: BatchFile) -> list[str]:
         raise ValueError(f"the format of {table} has patterns of times for what is none there: {', '.join(strange)}")
     if needed := [name for name in declared.optional if required[name] and name not in file.columns]:
         raise BatchError(
-            f"{file.path}, line 1: the header lacks {', '.join(map(repr, needed))} of {table}, which is optional, but "
+            f"{where} lacks {', '.join(map(repr, needed))} of {table}, which is optional, but "
             f"NOT NULL and without a DEFAULT. Give it one with a migration, or deliver the column."
         )
     if declared.extra == "keep" and not has_extra:
@@ -298,7 +303,7 @@ def _check_header(cur: Cursor[Any], table: Table, file: BatchFile) -> list[str]:
         listed = "; ".join(f"{what}: {names}" for what, names in shown.items() if names)
         separated = "commas" if declared.delimiter == "," else repr(declared.delimiter)
         raise BatchError(
-            f"{file.path}, line 1: the header does not fit {table}. {listed}. "
+            f"{where} does not fit {table}. {listed}. "
             f"It must name these columns, separated by {separated}, in any order: {', '.join(required)}"
         )
     return unknown
@@ -323,6 +328,7 @@ def _load(
     batch_id: str,
     file: BatchFile,
     updated_at: datetime | None,
+    run_id: str | None,
     limit: Limit,
     repeat_of: int | None,
     extra: list[str],
@@ -355,14 +361,15 @@ def _load(
         row = _LedgerRow(load_id, batch_id, rows, rejects, file.size, file.sha256)
         cur.execute(
             "INSERT INTO raw.loads (load_id, batch_id, rows, rejects, bytes, sha256, table_name, source, header,"
-            " batch_updated_at, repeat_of, format, source_version)"
-            " VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s) ON CONFLICT DO NOTHING",
+            " batch_updated_at, run_id, repeat_of, format, source_version)"
+            " VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s) ON CONFLICT DO NOTHING",
             (
                 *row,
                 str(table),
                 os.fsencode(file.path).decode(errors="backslashreplace"),
                 file.header.decode(errors="backslashreplace"),
                 updated_at,
+                run_id,
                 repeat_of,
                 Jsonb(declared) if (declared := file.format.declared()) else None,
                 file.version,
@@ -380,16 +387,18 @@ def _load(
 def _copy(cur: Cursor[Any], landing: Landing, file: BatchFile) -> int:
     """COPY the file as it is, and return the number of rows that came to its table."""
     quotes = 0
-    records = -1  # without the header
+    records = -1 if file.has_header else 0
     tail = NEWLINE  # the end of the block before: a line may begin in one block and end in the next
-    skip = len(BOM) if file.has_bom else 0
+    mark = file.mark
     stopped: Exception | None = None
     try:
-        with cur.copy(copy_statement(landing, file)) as copy:
+        with cur.copy(copy_statement(landing, file, has_header=file.has_header)) as copy:
             # An exception here would make psycopg log what the server says to it, with all values of a row.
             try:
                 for block in file.blocks():
-                    found = scan(tail[-1:] + block[skip:], quotes, file.newline[-1], file.dialect)
+                    if mark:  # in front of a header COPY would skip it, but not in front of a record
+                        block, mark = block.removeprefix(mark), b""
+                    found = scan(tail[-1:] + block, quotes, file.newline[-1], file.dialect)
                     if found.has_stray:
                         raise _NotAsReceived(STRAY_QUOTE)
                     window = tail + block
@@ -404,7 +413,6 @@ def _copy(cur: Cursor[Any], landing: Landing, file: BatchFile) -> int:
                     tail = window[-3:]
                     quotes += found.quotes
                     records += found.record_ends
-                    skip = 0
             except Error:
                 raise
             except Exception as error:  # ours, or what reading an object came to

@@ -25,6 +25,8 @@ def report_found(ti: Any, source: str, new: Sequence[Any], known: Sequence[Any],
     :param known: that the ledger has.
     """
     summary = f"{source}: {counted(len(new), 'file')} to load, {len(known):,} loaded before"
+    if not new and not known:
+        summary = f"{source}: no file is there, new or loaded before. Is the path right?"
     if len(new) > limit:
         summary += f". This run takes the first {limit:,}: run it again for the others"
     ti.xcom_push("known", [file.name for file in known])
@@ -40,10 +42,10 @@ def report_landed(ti: Any, table: str, files: Sequence[Any] | None, finder: str,
     :return: the summary, and how many files were loaded, loaded before, and refused.
     :raises AirflowFailException: not all of them are in.
     """
-    from airflow.sdk.exceptions import AirflowFailException, AirflowSkipException
+    from airflow.sdk.exceptions import AirflowFailException
 
     if files is None:
-        raise AirflowSkipException(f"{finder} found no files: see there")
+        raise AirflowFailException(f"{finder} did not come to its end: see there, or the task before it")
     # Of all of its instances; where none has one, there is a None.
     reports = [report for report in ti.xcom_pull(task_ids=[loader]) if report]
     refused = [message for message in ti.xcom_pull(task_ids=[loader], key="refused") if message]
@@ -51,7 +53,9 @@ def report_landed(ti: Any, table: str, files: Sequence[Any] | None, finder: str,
     new = [report for report in reports if report["is_new"]]
     before = len(known) + len(reports) - len(new)
     lost = len(files) - len(reports) - len(refused)
-    parts = [f"{len(new):,} loaded ({counted(sum(report['rows'] for report in new), 'row')})"]
+    rejects = sum(report["rejects"] for report in new)
+    brought = counted(sum(report["rows"] for report in new), "row") + (f", {rejects:,} rejected" if rejects else "")
+    parts = [f"{len(new):,} loaded ({brought})"]
     parts += [f"{before:,} loaded before"] if before else []
     parts += [f"{len(refused):,} refused"] if refused else []
     parts += [f"{lost:,} not loaded, see load_raw"] if lost else []

@@ -90,8 +90,8 @@ async def show_overview(
     if found.table is None:
         return render(request, "overview.html", found=found)
     assets = {found.table["source_table"], f"stg.{found.table['table_name']}"}
-    batches = {row["batch_id"] for row in [*found.loads.rows, *found.checks, *found.pending]}
-    known = await asyncio.to_thread(runs.look_up, user, assets, batches)
+    run_ids = {row["run_id"] for row in [*found.loads.rows, *found.checks, *found.pending]}
+    known = await asyncio.to_thread(runs.look_up, user, assets, run_ids)
     values = {"runs": known, "points": points(found.loads.rows), "now": found.table["now"], "stale": STALE}
     return render(request, "overview.html", found=found, **values)
 

@@ -1,4 +1,4 @@
-"""What the page asks Airflow: which batches are runs of a DAG, and whether a user may see records."""
+"""What the page asks Airflow: of which DAG a run is, and whether a user may see records."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ from sqlalchemy import select
 
 @dataclass
 class Runs:
-    """:param dags: of each batch that is a run, by its run_id, the DAG.
+    """:param dags: of each run, by its run_id, the DAG.
     :param may_see_records: they stand in the logs of the DAGs that load them, so it takes the right to read those.
     """
 
@@ -23,11 +23,11 @@ class Runs:
     may_see_records: bool = False
 
 
-def look_up(user: BaseUser, assets: Iterable[str], batches: Iterable[str]) -> Runs:
+def look_up(user: BaseUser, assets: Iterable[str], run_ids: Iterable[str | None]) -> Runs:
     """Ask Airflow's own database, and its auth manager. To be called in a thread.
 
     :param assets: names of tables; the DAGs with a task that updates the asset of this name are those that load it.
-    :param batches: batch ids, of which some are run ids.
+    :param run_ids: as the warehouse has them; Airflow may have forgotten some.
     """
     with create_session() as session:
         producers = session.scalars(
@@ -37,7 +37,7 @@ def look_up(user: BaseUser, assets: Iterable[str], batches: Iterable[str]) -> Ru
             .distinct()
         ).all()
         found = session.execute(
-            select(DagRun.run_id, DagRun.dag_id).where(DagRun.dag_id.in_(producers), DagRun.run_id.in_(list(batches)))
+            select(DagRun.run_id, DagRun.dag_id).where(DagRun.dag_id.in_(producers), DagRun.run_id.in_(list(run_ids)))
         )
         dags = {row.run_id: row.dag_id for row in found}
     manager = get_auth_manager()

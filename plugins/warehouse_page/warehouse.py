@@ -71,6 +71,7 @@ SELECT
     outcome,
     offending,
     batch_id,
+    batch_id AS run_id,
     checked_at,
     ARRAY(
         SELECT left(e::text, %(characters)s) FROM json_array_elements(examples) WITH ORDINALITY AS a (e, n)
@@ -87,7 +88,14 @@ FROM pg_constraint
 WHERE conrelid = %(oid)s AND contype = 'c'
 ORDER BY conname ASC
 """
-PENDING = "SELECT * FROM stg.pending_loads WHERE table_name = %(table)s ORDER BY load_id ASC LIMIT %(pending)s"
+PENDING = """
+SELECT p.load_id, p.rows, p.finished_at, p.batch_id, l.run_id
+FROM stg.pending_loads AS p
+INNER JOIN raw.loads AS l ON p.load_id = l.load_id
+WHERE p.table_name = %(table)s
+ORDER BY p.load_id ASC
+LIMIT %(pending)s
+"""
 VERSIONS = "SELECT versions, keys FROM ops.versions_per_key(%(table)s)"
 # A source is named without quotes, as the ledger has it, so schema and name may have dots: the catalog knows.
 RELATION = """

@@ -10,6 +10,11 @@ GRANT USAGE ON SCHEMA ops TO de_dw_pipeline, de_dw_reader;
 -- squawk-ignore require-concurrent-index-creation
 CREATE INDEX loads_table_name_load_id ON raw.loads (table_name, load_id);
 
+-- A batch of a file is named after the file, so the run that loaded it is noted beside it.
+ALTER TABLE raw.loads ADD COLUMN run_id text;
+COMMENT ON COLUMN raw.loads.run_id IS 'The run of Airflow that loaded the batch; NULL for what was loaded without it.';
+GRANT INSERT (run_id) ON raw.loads TO de_dw_pipeline;
+
 CREATE TABLE ops.check_results (
     result_id bigint GENERATED ALWAYS AS IDENTITY,
     table_name text NOT NULL,
@@ -97,6 +102,7 @@ SELECT
     l.table_name,
     l.load_id,
     l.batch_id,
+    l.run_id,
     l.source,
     l.sha256,
     l.bytes,
@@ -119,7 +125,8 @@ CROSS JOIN LATERAL (
 COMMENT ON VIEW ops.loads IS 'One row per committed load, with its time, its speed, and who has still to take it in.';
 COMMENT ON COLUMN ops.loads.table_name IS 'The table that was loaded, with its schema.';
 COMMENT ON COLUMN ops.loads.load_id IS 'Which load; the rows it brought carry it.';
-COMMENT ON COLUMN ops.loads.batch_id IS 'The batch''s name: of a DAG run its run_id.';
+COMMENT ON COLUMN ops.loads.batch_id IS 'The batch''s name: the run that made it, or the path of a file.';
+COMMENT ON COLUMN ops.loads.run_id IS 'The run of Airflow that loaded it, if one did.';
 COMMENT ON COLUMN ops.loads.source IS 'Where the bytes came from: the path of the file.';
 COMMENT ON COLUMN ops.loads.sha256 IS 'SHA-256 of the file''s bytes, in hexadecimal.';
 COMMENT ON COLUMN ops.loads.bytes IS 'Size of the file in bytes, header included.';

@@ -141,7 +141,22 @@ DECLARE
     history text := format('stg.%I', name || '_history');
     key_list text;
     column_list text;
+    nullable text;
 BEGIN
+    -- A row without a key would be landed, and then every refresh would fail: raw can't be corrected.
+    SELECT string_agg(k, ', ') INTO nullable
+    FROM unnest(key_columns) AS k
+    WHERE NOT EXISTS (
+        SELECT 1 FROM pg_attribute AS a WHERE a.attrelid = source::regclass AND a.attname = k AND a.attnotnull
+    );
+    IF nullable IS NOT NULL THEN
+        RAISE EXCEPTION 'the key of % has no column NOT NULL of the name %', parent, nullable
+            USING HINT = format('It must be one of %s, and NOT NULL there, so that a file without it is refused.', source);
+    END IF;
+    IF tombstone_column IS NOT NULL THEN -- a value that its type does not read is refused here, not by each refresh
+        EXECUTE format('SELECT FROM %s WHERE (%I = %L) IS TRUE LIMIT 0', source, tombstone_column, tombstone_value);
+    END IF;
+
     SELECT string_agg(quote_ident(k), ', ') INTO key_list FROM unnest(key_columns) AS k;
     SELECT string_agg(quote_ident(a.attname), ', ' ORDER BY a.attnum) INTO column_list
     FROM pg_attribute AS a

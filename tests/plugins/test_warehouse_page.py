@@ -144,16 +144,16 @@ def moment() -> datetime:
     return datetime.now(UTC)
 
 
-def ledger(warehouse: Warehouse, *loads: str, rows: int = 100) -> None:
+def ledger(warehouse: Warehouse, *loads: str, rows: int = 100, run_id: str | None = None) -> None:
     """Loads of raw.orders in the ledger, by their batch ids; all are applied."""
     with warehouse.connect("") as conn:
         for load in loads:
             conn.execute(
-                "WITH load AS (INSERT INTO raw.loads (table_name, batch_id, source, sha256, bytes, rows)"
-                " VALUES ('raw.orders', %s, 'test.csv', encode(sha256(%s), 'hex'), 1000000, %s) RETURNING *)"
+                "WITH load AS (INSERT INTO raw.loads (table_name, batch_id, run_id, source, sha256, bytes, rows)"
+                " VALUES ('raw.orders', %s, %s, 'test.csv', encode(sha256(%s), 'hex'), 1000000, %s) RETURNING *)"
                 " INSERT INTO stg.applied_loads (table_name, load_id, finished_at)"
                 " SELECT 'orders_latest', load_id, finished_at FROM load",
-                (load, load.encode(), rows),
+                (load, run_id, load.encode(), rows),
             )
 
 
@@ -321,15 +321,18 @@ def test_figures_are_those_of_the_ledger(page: Page, warehouse: Warehouse) -> No
     assert [cells[:2] for _, cells in counted.rows[1:]] == [["1", "1"], ["3", "2"]]
 
 
-def test_batch_that_is_a_run_leads_to_it_and_no_other(
+def test_loads_of_a_run_lead_to_it_and_no_others(
     page: Page, warehouse: Warehouse, run: Callable[[str, str], None]
 ) -> None:
-    ledger(warehouse, "manual__2036-01-02T03:04:05+00:00", "by hand")
-    run("manual__2036-01-02T03:04:05+00:00", "raw.orders")
+    run_id = "manual__2036-01-02T03:04:05+00:00"
+    ledger(warehouse, "landing/1.csv", "landing/2.csv", run_id=run_id)
+    ledger(warehouse, "of a run that Airflow has forgotten", run_id="manual__2035")
+    ledger(warehouse, "by hand")
+    run(run_id, "raw.orders")
 
     leads = [link for link in page.text().links if "/dags/" in link]
 
-    assert leads == ["/dags/a%20dag%2Fof%20ours/runs/manual__2036-01-02T03%3A04%3A05%2B00%3A00"]
+    assert leads == ["/dags/a%20dag%2Fof%20ours/runs/manual__2036-01-02T03%3A04%3A05%2B00%3A00"] * 2
 
 
 def test_checks_are_shown_as_they_came_out_the_last_time(page: Page, warehouse: Warehouse) -> None:

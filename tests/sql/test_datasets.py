@@ -1,7 +1,7 @@
 """A table that a migration makes a dataset: every refresh, verification, replay, tombstones; it is like raw.orders."""
 
 import pytest
-from psycopg import errors
+from psycopg import Error, errors
 
 from tests.warehouse import OWNER, PIPELINE, Warehouse
 
@@ -293,6 +293,27 @@ def test_columns_may_be_called_as_a_function_calls_its_own(warehouse: Warehouse,
             "SELECT set_config('de_dw.table', 'odd_latest', true), set_config('de_dw.loads_to_apply', '{1}', true)"
         )
         assert conn.execute((pending % key).encode()).fetchall() == [("1",), ("2",)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("'{id}'", "the key of stg.odd_latest has no column NOT NULL of the name id"),
+        ("'{code,nothing}'", "no column NOT NULL of the name nothing"),
+        ("'{code}', 'is_deleted', 'J'", 'invalid input syntax for type boolean: "J"'),
+        ("'{code}', 'nothing', 'J'", 'column "nothing" does not exist'),
+    ],
+)
+def test_key_that_may_be_null_and_tombstone_that_is_none_are_refused_when_the_table_is_made(
+    warehouse: Warehouse, arguments: str, message: str
+) -> None:
+    warehouse.alter("""
+        CREATE TABLE raw.odd (id text, code text NOT NULL, is_deleted boolean, updated_at timestamptz NOT NULL);
+        SELECT raw.create_dataset('odd');
+    """)
+
+    with pytest.raises(Error, match=message):
+        warehouse.alter(f"SELECT stg.create_latest('odd', {arguments})")
 
 
 def test_pipeline_can_not_make_or_drop_a_dataset(things: Warehouse) -> None:
