@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import cached_property
 from typing import Any
 
 import pytest
@@ -65,8 +66,8 @@ class S3:
             "AIRFLOW_CONN_AWS_DEFAULT": json.dumps(connection),
         }
 
-    def client(self) -> Any:
-        """boto's client: another program than the one under test, with no cache in common."""
+    @cached_property
+    def _client(self) -> Any:
         from botocore.session import Session
 
         return Session().create_client(
@@ -76,6 +77,10 @@ class S3:
             aws_access_key_id="testing",
             aws_secret_access_key="not-a-secret",  # noqa: S106
         )
+
+    def client(self) -> Any:
+        """boto's client: another program than the one under test, with no cache in common."""
+        return self._client
 
     def path(self, key: str, bucket: str = bucket) -> Any:
         """For loader and generator, with the credentials of the environment."""

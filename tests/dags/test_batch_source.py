@@ -16,8 +16,11 @@ from batch_source import Found, find_files, new_files, open_file
 from batch_store import BatchError, open_source
 from psycopg.rows import dict_row
 
+from tests.dags.newest import server
 from tests.s3 import S3
 from tests.warehouse import ROOT, Warehouse, folder_for_a_server
+
+__all__ = ["server"]  # a fixture
 
 HEADER = b"customer_id,name,email,country,updated_at\n"
 

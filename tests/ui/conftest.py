@@ -15,7 +15,7 @@ import pytest
 from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, FrameLocator, Page, expect, sync_playwright
 
 from tests.docs.documents import blocks
-from tests.local.up import Up, a_free_port, copy_working_tree, lend_environment
+from tests.local.up import Up, a_free_port, copy_working_tree, lend_environment, processes
 from tests.warehouse import ROOT
 
 # A slow machine with two cores runs Airflow, PostgreSQL, a browser and other tests at once.
@@ -58,7 +58,8 @@ def up(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> Iterator[U
     (clone / "dags" / "downstream.py").write_text(example.text)
     running = Up(clone, a_free_port())
     yield running
-    running.stop(signal.SIGTERM)
+    running.stop(signal.SIGINT)  # as Ctrl-C does
+    assert processes(clone) == []
 
 
 @dataclass
