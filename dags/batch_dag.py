@@ -69,6 +69,7 @@ from run_report import (
     report_refresh,
     report_verification,
     say,
+    task_states,
     ui_url,
     without_deadline_in_tests,
 )
@@ -153,7 +154,7 @@ def wait_for_turn(ti: Any) -> None:
     """
     if ti.map_index < 1:
         return
-    found = ti.get_task_states(dag_id=ti.dag_id, task_ids=[ti.task_id], run_ids=[ti.run_id])[ti.run_id]
+    found = task_states(ti, ti.task_id)
     before = [found.get(f"{ti.task_id}_{index}") for index in range(ti.map_index)]
     if any(state not in DONE for state in before):
         raise AirflowRescheduleException(datetime.now(UTC) + RECONSIDER)  # type: ignore[no-untyped-call]
@@ -316,7 +317,7 @@ def batch_dag(dataset: Dataset, doc: str | None = None) -> None:
             report = load.report(raw.name)
             outlet_events[raw].extra = report
             ti.xcom_push("summary", report["summary"])  # the loader has said it in the log
-            return report
+            return report | {"file": file["name"]}
 
         @task(trigger_rule="all_done", retries=0, on_failure_callback=help_at("a-load-is-red-the-file"))
         def report_files(files: Any = None, ti: Any = None) -> dict[str, Any]:
@@ -327,7 +328,7 @@ def batch_dag(dataset: Dataset, doc: str | None = None) -> None:
         @task(trigger_rule="all_done", on_failure_callback=help_at("a-check-is-red"))
         def check_batch(params: Any = None, dag_run: Any = None, ti: Any = None) -> dict[str, Any]:
             """Ask each of sql/checks/ of the pending loads: `fail` stops here, stg stays as it is; `warn` is shown."""
-            is_asked = params["refresh"] != "auto" or any(ti.xcom_pull(task_ids=["load_raw"]))
+            is_asked = params["refresh"] != "auto" or "success" in task_states(ti, "load_raw").values()
             with PostgresHook("de_dw").get_conn() as conn:
                 loads, results = check_pending(
                     conn, table=latest_name, checks=checks, batch_id=dag_run.run_id, accept=params["accept"] or ()

@@ -11,7 +11,6 @@ import hashlib
 import io
 import logging
 import os
-import re
 import time
 import zlib
 from bisect import bisect_right
@@ -65,7 +64,6 @@ DATA = (b"<", b"{", b"[")
 # Marks at the beginning of a text, and the encodings that have them.
 MARKS = {BOM: ["utf-8"], b"\xff\xfe": ["utf-16", "utf-16-le"], b"\xfe\xff": ["utf-16", "utf-16-be"]}
 
-LINE = re.compile(rb"([^\r\n]*)(\r\n|\n|\r)")
 STRAY_QUOTE = "a quote inside a field that is not quoted, or one that is not doubled inside a field that is"
 OPEN_QUOTE = "a quoted field that never ends"
 END_OF_DATA = r"a line of just \., the end of the data for PostgreSQL 17 and older"
@@ -377,7 +375,11 @@ class BatchFile:
                         f"declared as {self.format.encoding}. Declare {encodings[-1]}, or let the source keep to it."
                     )
             self._file.seek(0)
-            start = bytes(self._text_of(self._file).read(HEADER_BYTES))
+            text_of = self._text_of(self._file)
+            start = bytes(text_of.read(HEADER_BYTES))
+            # Or a line end of two bytes would be taken for the first of them.
+            more = bytes(text_of.read(1))
+            start, self._is_short = start + more, not more
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise BatchError(f"{self.path}: the gzip file is damaged or cut off: {error}. Deliver it again.") from None
         text = start.removeprefix(BOM)
@@ -403,14 +405,23 @@ class BatchFile:
     def _first_record(self, start: bytes) -> tuple[bytes, bytes]:
         """The first line, which is the header if there is one, and the line end behind it."""
         match = self.dialect.first_record.match(start)
-        if match is None and self.format.header:
-            match = LINE.match(start)  # its quotes are looked at with those of the others
+        if match is None and self.format.header and self._is_no_record(start):
+            # It is one line, as records() has it, and its quotes are looked at there.
+            newline = next((end for end in (b"\r\n", b"\n", b"\r") if end in start), b"")
+            if newline:
+                return start.partition(newline)[0], newline
         if match is None:
-            is_open = self.dialect.quote in start
-            problem = "a quote in it is not closed" if is_open else f"no line ends in its first {len(start):,} bytes"
+            looked_at = min(len(start), HEADER_BYTES)
+            problem = f"no line ends in its first {looked_at:,} bytes"
+            if self.dialect.quote in start:
+                problem = "a quote in it is not closed"
             what = "line" if self.format.header else "header"
             raise BatchError(f"{self.path}, line 1: the {what} can't be read: {problem}")
         return match[1], match[2]
+
+    def _is_no_record(self, start: bytes) -> bool:
+        """Whether what a text begins with is no record: it has a stray quote, or a quoted field that never ends."""
+        return self._is_short or scan(b"\n" + start, 0, LF, self.dialect).has_stray
 
     def _names(self) -> list[str]:
         try:

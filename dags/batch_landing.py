@@ -5,7 +5,6 @@ text, if that has no such column or PostgreSQL would not read it. From it an INS
 order of the file, and there its rules are looked at.
 """
 
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,8 +16,6 @@ from psycopg import Cursor, sql
 
 # The column that keeps those of a file that the table does not have.
 EXTRA_COLUMN = "extra"
-# Types of numbers that have a fraction.
-WITH_FRACTION = re.compile(r"numeric\b|real$|double precision$")
 NAME_BYTES = 63  # PostgreSQL would cut a longer one
 # The column of ours that counts the records.
 ORDER = "order of the file"
@@ -31,8 +28,13 @@ CREATE = "CREATE TEMPORARY TABLE {name} ON COMMIT DROP AS SELECT {columns} FROM 
 ADD_ORDER = "ALTER TABLE {name} ADD {order} bigint GENERATED ALWAYS AS IDENTITY (CACHE 1000)"
 ADD_CHECK = "ALTER TABLE {name} ADD CONSTRAINT {constraint} CHECK ({check})"
 MOVE = "INSERT INTO {target} ({columns}) SELECT {sources} FROM {name} ORDER BY {order} ASC"
+# Numbers that may have a fraction, domains over any among them.
 COLUMNS = """
-SELECT attname::text, format_type(atttypid, atttypmod) FROM pg_attribute
+SELECT
+    attname::text,
+    format_type(atttypid, atttypmod),
+    typcategory = 'N' AND typname !~ '^(int[248]|oid|reg.*)$'
+FROM pg_attribute INNER JOIN pg_type ON pg_type.oid = atttypid
 WHERE attrelid = %s::regclass AND attnum > 0 AND NOT attisdropped
 """
 
@@ -158,24 +160,28 @@ class Landing:
         """Where a file has to go.
 
         :param extra: columns of it that the target does not have.
+        :raises ValueError: what is declared does not fit a column's type.
         """
         declared = file.format
         has_conversions = declared.decimal != "." or not declared.timestamps.keys().isdisjoint(file.columns)
         if not extra and not has_conversions:
             return cls(target, target, file.columns)
         cur.execute(COLUMNS, (target.quoted,))
-        types: dict[str, str] = dict(cur.fetchall())
+        found = cur.fetchall()
+        types: dict[str, str] = {column: type_ for column, type_, _ in found}
         conversions: dict[str, Conversion] = {
             column: Instant(types[column], pattern)
             for column, pattern in declared.timestamps.items()
             if column in file.columns
         }
         if declared.decimal == ",":
-            conversions |= {
-                column: DecimalComma(type_)
-                for column, type_ in types.items()
-                if column in file.columns and WITH_FRACTION.match(type_)
-            }
+            numbers = [column for column, _, may_have_fraction in found if may_have_fraction and column in file.columns]
+            if money := [column for column in numbers if types[column] == "money"]:
+                raise ValueError(
+                    f"{target}: with decimal ',' {', '.join(money)} can't be of type money, which PostgreSQL reads as "
+                    f"the server's locale has it: let it be numeric"
+                )
+            conversions |= {column: DecimalComma(types[column]) for column in numbers}
         if not extra and not conversions:
             return cls(target, target, file.columns)
         columns: list[str] = []

@@ -155,7 +155,7 @@ def load_batch(
     :raises Exception: of the store's client, such as botocore's ConnectionError: it is away or busy. Call again.
     :raises ValueError: the connection is in autocommit mode, outside of a transaction; max_rejects is no limit; the
         database is not in UTF8; file_format names a column that the table has not, or a time zone that the server has
-        not.
+        not, or decimal commas for a column of type money.
     """
     if conn.autocommit and conn.info.transaction_status == TransactionStatus.IDLE:
         raise ValueError("load_batch needs a transaction, but the connection is in autocommit mode")

@@ -18,6 +18,18 @@ def say(ti: Any, summary: str) -> None:
     ti.xcom_push("summary", summary)
 
 
+def task_states(ti: Any, *task_ids: str) -> dict[str, str | None]:
+    """How far tasks of the run are: state by task_id, of a mapped one by task_id, _ and number.
+
+    What they have pushed does not say it: of a run that was cleared it stays until a task begins anew, and of instances
+    that are no longer there for good.
+    """
+    found: dict[str, str | None] = ti.get_task_states(
+        dag_id=ti.dag_id, task_ids=list(task_ids), run_ids=[ti.run_id]
+    ).get(ti.run_id, {})
+    return found
+
+
 def report_found(ti: Any, source: str, new: Sequence[Any], known: Sequence[Any], limit: int) -> None:
     """Say which files a run has before it.
 
@@ -36,19 +48,23 @@ def report_found(ti: Any, source: str, new: Sequence[Any], known: Sequence[Any],
 def report_landed(ti: Any, table: str, files: Sequence[Any] | None, finder: str, loader: str) -> dict[str, Any]:
     """Say what became of each file of a run.
 
-    :param files: that were to be loaded; None when they could not be found.
+    :param files: that were to be loaded, each with its `name`.
     :param finder: the task that found them, with XCom `known`.
-    :param loader: the mapped task that loaded them: its results, and of those that failed XCom `refused`.
+    :param loader: the mapped task that loaded them: its results, each with its `file`, and of those that failed XCom
+        `refused`.
     :return: the summary, and how many files were loaded, loaded before, and refused.
     :raises AirflowFailException: not all of them are in.
     """
     from airflow.sdk.exceptions import AirflowFailException
 
-    if files is None:
+    states = task_states(ti, finder, loader)
+    if files is None or states.get(finder) != "success":
         raise AirflowFailException(f"{finder} did not come to its end: see there, or the task before it")
-    # Of all of its instances; where none has one, there is a None.
-    reports = [report for report in ti.xcom_pull(task_ids=[loader]) if report]
-    refused = [message for message in ti.xcom_pull(task_ids=[loader], key="refused") if message]
+    done = [index for index in range(len(files)) if states.get(f"{loader}_{index}") == "success"]
+    returned = zip(done, ti.xcom_pull(task_ids=[loader], map_indexes=done), strict=True)
+    reports = [report for index, report in returned if report and report["file"] == files[index]["name"]]
+    others = [index for index in range(len(files)) if index not in {*done}]
+    refused = [message for message in ti.xcom_pull(task_ids=[loader], map_indexes=others, key="refused") if message]
     known = ti.xcom_pull(task_ids=finder, key="known") or []
     new = [report for report in reports if report["is_new"]]
     before = len(known) + len(reports) - len(new)
@@ -112,8 +128,9 @@ def report_refresh(context: Any, counts: dict[str, int], *, table: Any, chooser:
     :param checker: the task that made the checks, whose result is that of report_checks.
     """
     ti = context["ti"]
-    kind, why = ti.xcom_pull(task_ids=chooser, key="refresh")
-    warnings = ti.xcom_pull(task_ids=checker)["warnings"]
+    # It is done by now. Who has marked the tasks before it as successful by hand must not make it red.
+    kind, why = ti.xcom_pull(task_ids=chooser, key="refresh") or (ti.task_id.partition("_")[0], "chosen by hand")
+    warnings = (ti.xcom_pull(task_ids=checker) or {"warnings": []})["warnings"]
     seconds = round((datetime.now(UTC) - ti.start_date).total_seconds(), 2)
     summary = (
         f"{table.name}: {kind} of {counted(counts['loads'], 'load')}, {counted(counts['rows'], 'row')} written in "

@@ -291,7 +291,7 @@ def stop_processes(processes: list[psutil.Process]) -> None:
     for process in left:
         with suppress(psutil.NoSuchProcess):
             process.kill()
-    psutil.wait_procs(left)
+    psutil.wait_procs(left, timeout=CHILD_STOP_SECONDS)  # one that its parent has not asked for stays a zombie
 
 
 @contextmanager

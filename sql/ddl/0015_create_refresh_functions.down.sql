@@ -11,6 +11,27 @@ DROP FUNCTION stg.merge_pending(text);
 DROP FUNCTION stg.takes_in(text);
 DROP FUNCTION stg.begin_swap(text);
 
+CREATE OR REPLACE FUNCTION stg.loads_to_apply(table_name text) RETURNS SETOF bigint
+LANGUAGE plpgsql
+STABLE -- so that it sees just what the statement sees that applies them
+SET search_path = pg_catalog, pg_temp
+AS $$
+DECLARE
+    is_empty boolean;
+BEGIN
+    -- Somebody truncated it, or a superuser's pg_dump met a swap: whatever was recorded, it is not there.
+    EXECUTE format('SELECT NOT EXISTS (SELECT 1 FROM stg.%I)', table_name || '_live') INTO is_empty;
+    RETURN QUERY
+    SELECT l.load_id
+    FROM raw.loads AS l
+    INNER JOIN stg.table_versions AS v ON l.table_name = v.source_table
+    WHERE v.table_name = loads_to_apply.table_name AND is_empty
+    UNION ALL
+    SELECT p.load_id
+    FROM stg.pending_loads AS p
+    WHERE p.table_name = loads_to_apply.table_name AND NOT is_empty;
+END
+$$;
 CREATE TABLE stg.spare_loads (
     table_name text NOT NULL,
     load_id bigint NOT NULL,

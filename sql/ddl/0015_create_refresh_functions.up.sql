@@ -53,6 +53,40 @@ COMMENT ON FUNCTION stg.shape_of(text) IS
 'A staging table as pieces of SQL: its source, its key and columns as lists, same_key of a and b, the assignments of an
 upsert, and the condition of its tombstones, NULL without. Takes the name without schema.';
 
+CREATE OR REPLACE FUNCTION stg.loads_to_apply(table_name text) RETURNS SETOF bigint
+LANGUAGE plpgsql
+STABLE -- so that it sees just what the statement sees that applies them
+SET search_path = pg_catalog, pg_temp
+AS $$
+DECLARE
+    deleted regclass := to_regclass(format('stg.%I', table_name || '_deleted'));
+    shape record;
+    is_empty boolean;
+BEGIN
+    -- Somebody truncated it, or a superuser's pg_dump met a swap: whatever was recorded, it is not there.
+    EXECUTE format('SELECT NOT EXISTS (SELECT 1 FROM stg.%I)', table_name || '_live') INTO is_empty;
+    IF is_empty AND deleted IS NOT NULL THEN -- unless each of its keys is remembered as deleted
+        SELECT * INTO shape FROM stg.shape_of(table_name);
+        EXECUTE format(
+            'SELECT EXISTS (
+                SELECT 1 FROM %s AS a
+                WHERE a.load_id IN (SELECT p.load_id FROM stg.applied_loads AS p WHERE p.table_name = %L)
+                    AND NOT EXISTS (SELECT 1 FROM %s AS b WHERE %s)
+            )', shape.source, table_name, deleted, shape.same_key
+        ) INTO is_empty;
+    END IF;
+    RETURN QUERY
+    SELECT l.load_id
+    FROM raw.loads AS l
+    INNER JOIN stg.table_versions AS v ON l.table_name = v.source_table
+    WHERE v.table_name = loads_to_apply.table_name AND is_empty
+    UNION ALL
+    SELECT p.load_id
+    FROM stg.pending_loads AS p
+    WHERE p.table_name = loads_to_apply.table_name AND NOT is_empty;
+END
+$$;
+
 CREATE FUNCTION stg.begin_swap(table_name text) RETURNS bigint
 LANGUAGE plpgsql
 SET search_path = pg_catalog, pg_temp
@@ -74,16 +108,22 @@ LANGUAGE plpgsql
 STABLE -- so that it sees just what the statement sees that calls it
 SET search_path = pg_catalog, pg_temp
 AS $$
+DECLARE
+    loads bigint[] := ARRAY(SELECT stg.loads_to_apply(table_name));
+    taken_in text := current_setting('de_dw.taken_in', true); -- table and loads
 BEGIN
-    PERFORM set_config(
-        'de_dw.taken_in', format('%s %s', table_name, ARRAY(SELECT stg.loads_to_apply(table_name))), true
-    );
+    IF starts_with(taken_in, table_name || ' ') THEN -- by a statement before: a load is in if all of them saw it
+        loads := ARRAY(
+            SELECT unnest(loads) INTERSECT SELECT unnest(substr(taken_in, length(table_name) + 2)::bigint[])
+        );
+    END IF;
+    PERFORM set_config('de_dw.taken_in', format('%s %s', table_name, loads), true);
     RETURN true;
 END
 $$;
 COMMENT ON FUNCTION stg.takes_in(text) IS
-'True. In the WHERE of the statement that fills the spare, as (SELECT stg.takes_in(...)): notes for stg.swap which loads
-this statement takes in, so that they are applied when it is published. Takes the table''s name without schema.';
+'True. In the WHERE of each statement that fills the spare, as (SELECT stg.takes_in(...)): notes for stg.swap the loads
+that it takes in, which are applied when it is published. Takes the table''s name without schema.';
 
 CREATE FUNCTION stg.merge_pending(table_name text, OUT loads_to_apply bigint, OUT rows bigint)
 LANGUAGE plpgsql
@@ -99,6 +139,7 @@ DECLARE
     newest text;
 BEGIN
     loads_to_apply := stg.begin_refresh(table_name); -- waits for another refresh
+    PERFORM set_config('de_dw.taken_in', '', true); -- a spare that was filled before is older than what comes now
     loads := current_setting('de_dw.loads_to_apply')::bigint[];
     SELECT * INTO shape FROM stg.shape_of(table_name);
     -- The loads as a constant: the planner looks into it, and knows nothing of what a subquery will find.

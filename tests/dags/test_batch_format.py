@@ -632,6 +632,27 @@ def test_file_without_a_header_line_is_refused_as_one_with_it(
         load(content, header=("thing_id", "name"))
 
 
+@by_both_ways
+@pytest.mark.parametrize(("end", "bytes_"), [("\r\n", 65_533), ("\r\n", 65_532), ("\n", 65_533), ("\r", 65_533)])
+def test_line_end_of_a_file_without_a_header_line_may_lie_across_what_is_looked_at_for_it(
+    load: Callable[..., Load], tmp_path: Path, bad: int, end: str, bytes_: int
+) -> None:
+    bad_record = f"x,bad{end}" if bad else ""
+
+    content = f"1,{'a' * bytes_}{end}2,ok{end}{bad_record}3,ok{end}"
+
+    assert load(content, header=("thing_id", "name"), max_rejects=bad).rows == 3
+
+
+@pytest.mark.parametrize("inside", ["a\r\n", "a\n", "a\r"])
+def test_first_record_that_is_too_long_to_tell_the_line_end_is_refused_for_that(
+    load: Callable[..., Load], inside: str
+) -> None:
+    for end in ("\n", "\r\n"):
+        with pytest.raises(BatchError, match="line 1: the line can't be read: a quote in it is not closed"):
+            load(f'1,"{inside * 40_000}"{end}2,ok{end}', header=("thing_id", "name"))
+
+
 def test_declared_header_may_leave_a_column_out_and_maps_names(warehouse: Warehouse, load: Callable[..., Load]) -> None:
     load("1|a|2|\n", delimiter="|", header=("id", "name", "price", ""), columns={"id": "thing_id"}, extra="ignore")
 
@@ -677,6 +698,24 @@ def test_number_with_a_decimal_comma_is_looked_at_by_its_type_and_its_rules(
     assert (loaded.rows, loaded.rejects) == (1, 2)
     reasons = [reason for (reason,) in warehouse.rows("SELECT reason FROM raw.things_rejects ORDER BY line_number")]
     assert "price_is_positive" in reasons[0]
+
+
+@by_both_ways
+def test_domain_over_a_number_may_have_a_decimal_comma_and_money_may_not(
+    warehouse: Warehouse, load: Callable[..., Load], bad: int
+) -> None:
+    warehouse.alter(
+        "CREATE DOMAIN amount AS numeric CHECK (value < 10); ALTER TABLE raw.things ALTER price TYPE amount"
+    )
+    content = "thing_id;price\n1;1,50\n2;9,999\n3;10,0\n4;1.234\n"
+
+    loaded = load(content, bad=bad, delimiter=";", decimal=",", max_rejects=bad + 2)
+
+    assert (loaded.rows, loaded.rejects) == (2, bad + 2)
+    assert [row[2] for row in warehouse.rows(ROWS)] == ["1.50", "9.999"]
+    warehouse.alter("ALTER TABLE raw.things DROP CONSTRAINT price_is_positive, ALTER price TYPE money")
+    with pytest.raises(ValueError, match="price can't be of type money"):
+        load(f"{content}5;1\n", delimiter=";", decimal=",", batch_id="b")
 
 
 @by_both_ways

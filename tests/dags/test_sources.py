@@ -2,12 +2,15 @@
 
 import csv
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 from batch_load import load_batch
+from psycopg import OperationalError
 
 from generator.customers import write_customers
 from tests.dags.newest import server
@@ -55,6 +58,31 @@ def published(warehouse: Warehouse) -> tuple[Any, ...]:
         "SELECT count(*), max(name) FILTER (WHERE customer_id = 1) FROM stg.customers_latest"
     )
     return rows, name
+
+
+@contextmanager
+def cleared(run: Any) -> Iterator[None]:
+    """Have the next dag.test go on with a run, all of whose tasks were cleared, as the UI does it."""
+    from airflow.models.dagrun import DagRun
+    from airflow.models.taskinstance import TaskInstance, clear_task_instances
+    from airflow.serialization.definitions.dag import SerializedDAG
+    from airflow.utils.state import DagRunState
+    from sqlalchemy import select
+
+    def cleared_run(*, session: Any, dag: Any, **_: Any) -> Any:
+        tasks = [*session.scalars(select(TaskInstance).where(TaskInstance.run_id == run.run_id))]
+        clear_task_instances(tasks, session)
+        for task in tasks:
+            task.max_tries = task.try_number
+        again = session.scalar(select(DagRun).where(DagRun.run_id == run.run_id))
+        again.dag, again.state = dag, DagRunState.RUNNING
+        session.commit()
+        return again
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("airflow.models.dagrun.get_or_create_dagrun", cleared_run)
+        patch.setattr(SerializedDAG, "clear_dags", lambda *_, **__: 0)
+        yield
 
 
 def run_of(dag: Any, hours: int = 0, **conf: Any) -> Any:
@@ -138,6 +166,39 @@ def test_run_without_new_files_is_green_and_loads_and_publishes_nothing(
         summaries(nothing)["find_files"] == "nothing/*.csv: no file is there, new or loaded before. Is the path right?"
     )
     assert warehouse.rows("SELECT count(*) FROM raw.loads") == [(1,)]
+
+
+def test_run_that_is_cleared_says_what_is_true_now(
+    customers: Any, warehouse: Warehouse, landing: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not what instances have left behind that are no longer there, or did not begin anew."""
+    deliver(landing, 1)
+    deliver(landing, 2)
+    is_away = True
+
+    def load(*args: Any, **options: Any) -> Any:
+        if is_away and options["batch_id"] == "landing/1.csv":
+            raise OperationalError("the connection broke")
+        return load_batch(*args, **options)
+
+    monkeypatch.setattr("batch_dag.load_batch", load)
+    run = run_of(customers, **ONLY)
+    assert run.state == "failed"
+    said = []
+    for is_away in (True, False, False):  # noqa: B007 # load reads it
+        with cleared(run):
+            again = run_of(customers)
+        said.append((again.state, summaries(again)["report_files"].partition(": ")[2]))
+
+    assert said == [
+        ("failed", "2 files: 0 loaded (0 rows), 1 loaded before, 1 not loaded, see load_raw"),
+        ("success", "2 files: 1 loaded (3 rows), 1 loaded before"),
+        ("success", "2 files: 0 loaded (0 rows), 2 loaded before"),
+    ]
+    (landing / "1.csv").rename(landing / "gone.csv.part")
+    with cleared(run):
+        monkeypatch.setattr("batch_dag.find_files", lambda *_, **__: 1 / 0)
+        assert run_of(customers).state == "failed"
 
 
 def test_run_without_new_files_publishes_what_an_earlier_one_could_not(

@@ -88,6 +88,56 @@ def test_tombstone_removes_its_key_and_an_older_version_does_not_bring_it_back(t
 
 
 @by_every_refresh
+def test_table_whose_keys_are_all_deleted_is_not_taken_for_one_that_was_lost(things: Warehouse, refresh: str) -> None:
+    to_apply = "SELECT array_agg(load_id ORDER BY load_id) FROM stg.loads_to_apply('things_latest') AS l (load_id)"
+    things.given("raw.things", "shop | thing_id | price | updated_at\na | 1 | 1 | 2026-01-01")
+    refresh_by(things, refresh)
+    things.given("raw.things", "shop | thing_id | is_deleted | updated_at\na | 1 | true | 2026-01-02")
+    refresh_by(things, refresh)
+    assert things.rows(PUBLISHED) == []
+    assert things.rows(to_apply, PIPELINE) == [(None,)]
+    things.given("raw.things", "shop | thing_id | price | updated_at\na | 2 | 1 | 2026-01-01")
+    assert things.rows(to_apply, PIPELINE) == [([3],)]
+    refresh_by(things, refresh)
+
+    things.alter("TRUNCATE stg.things_latest_live")
+
+    assert things.rows(to_apply, PIPELINE) == [([1, 2, 3],)]
+    refresh_by(things, refresh)
+    assert things.rows(PUBLISHED) == [("a", 2, "1")]
+    assert things.rows(DELETED) == [("a", 1)]
+
+
+def test_load_that_comes_between_two_statements_that_fill_the_spare_is_not_lost(things: Warehouse) -> None:
+    things.given("raw.things", "shop | thing_id | price | updated_at\na | 1 | 1 | 2026-01-01\nz | 1 | 1 | 2026-01-01")
+    fill = SWAP.split(";")[2].replace("ORDER BY", "AND shop {} 'm' ORDER BY")
+    with things.connect(PIPELINE) as conn:
+        conn.execute("SELECT stg.begin_swap('things_latest')")
+        conn.execute(fill.format("<").encode())
+        things.given("raw.things", "shop | thing_id | price | updated_at\na | 1 | 2 | 2026-01-02")
+        conn.execute(fill.format(">=").encode())
+        conn.execute("SELECT stg.swap('things_latest')")
+    assert things.rows("SELECT load_id FROM stg.pending_loads WHERE table_name = 'things_latest'") == [(2,)]
+
+    refresh_by(things, "merge")
+
+    assert things.rows(PUBLISHED) == [("a", 1, "2"), ("z", 1, "1")]
+
+
+def test_spare_that_was_filled_before_a_merge_is_not_published_after_it(things: Warehouse) -> None:
+    things.given("raw.things", "shop | thing_id | price | updated_at\na | 1 | 1 | 2026-01-01")
+    refresh_by(things, "swap")
+    with things.connect(PIPELINE) as conn:
+        for statement in SWAP.split(";")[1:3]:
+            conn.execute(statement.encode())
+        things.given("raw.things", "shop | thing_id | price | updated_at\na | 1 | 2 | 2026-01-02")
+        conn.execute("SELECT stg.merge_pending('things_latest')")
+
+        with pytest.raises(errors.ObjectNotInPrerequisiteState, match="does not say which loads it took in"):
+            conn.execute("SELECT stg.swap('things_latest')")
+
+
+@by_every_refresh
 def test_newer_version_than_the_tombstone_brings_the_key_back(things: Warehouse, refresh: str) -> None:
     things.given("raw.things", "shop | thing_id | is_deleted | updated_at\na | 1 | true | 2026-01-03")
     refresh_by(things, refresh)
