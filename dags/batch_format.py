@@ -29,7 +29,7 @@ EPOCHS = {"epoch": (1, "seconds"), "epoch_ms": (1000, "milliseconds")}
 NO_PATTERN = re.compile("TZ|OF|TM", re.IGNORECASE)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Format:
     """What a file may look like. Names of columns in the header are matched in any order, whatever is declared.
 

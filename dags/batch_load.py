@@ -262,7 +262,7 @@ def _check_header(cur: Cursor[Any], table: Table, file: BatchFile) -> list[str]:
     has_extra = any(is_extra for _, _, is_extra, _, _ in found)
     required = {name: is_required for name, is_required, is_extra, _, _ in found if not is_extra}
     declared = file.format
-    where = f"{file.path}, line 1: the header" if file.has_header else f"{file.path}: the header that is declared"
+    where = f"{file.path}, line 1" if file.has_header else f"{file.path}, as declared"
     optional = {*declared.optional, *(name for name, _, _, is_counted, _ in found if is_counted)}
     instants = [name for name, _, _, _, is_instant in found if is_instant]
     named = [*declared.optional, *declared.columns.values(), *declared.timestamps]
@@ -272,7 +272,7 @@ def _check_header(cur: Cursor[Any], table: Table, file: BatchFile) -> list[str]:
         raise ValueError(f"the format of {table} has patterns of times for what is none there: {', '.join(strange)}")
     if needed := [name for name in declared.optional if required[name] and name not in file.columns]:
         raise BatchError(
-            f"{where} lacks {', '.join(map(repr, needed))} of {table}, which is optional, but "
+            f"{where}: the header lacks {', '.join(map(repr, needed))} of {table}, which is optional, but "
             f"NOT NULL and without a DEFAULT. Give it one with a migration, or deliver the column."
         )
     if declared.extra == "keep" and not has_extra:
@@ -303,7 +303,7 @@ def _check_header(cur: Cursor[Any], table: Table, file: BatchFile) -> list[str]:
         listed = "; ".join(f"{what}: {names}" for what, names in shown.items() if names)
         separated = "commas" if declared.delimiter == "," else repr(declared.delimiter)
         raise BatchError(
-            f"{where} does not fit {table}. {listed}. "
+            f"{where}: the header does not fit {table}. {listed}. "
             f"It must name these columns, separated by {separated}, in any order: {', '.join(required)}"
         )
     return unknown

@@ -657,7 +657,7 @@ def test_declared_header_may_leave_a_column_out_and_maps_names(warehouse: Wareho
     load("1|a|2|\n", delimiter="|", header=("id", "name", "price", ""), columns={"id": "thing_id"}, extra="ignore")
 
     assert [row[:3] for row in warehouse.rows(ROWS)] == [(1, "a", "2")]
-    with pytest.raises(BatchError, match=r"the header that is declared does not fit raw\.things\. unknown: 'colour'"):
+    with pytest.raises(BatchError, match=r"as declared: the header does not fit raw\.things\. unknown: 'colour'"):
         load("1,red\n", header=("thing_id", "colour"), batch_id="b")
 
 

@@ -689,7 +689,7 @@ def test_same_rows_and_rejects_come_of_a_file_however_it_is_written(
                 path=path,
                 max_rejects="100%",
                 load_again=True,
-                file_format=Format(delimiter, quote, encoding, extra="ignore"),
+                file_format=Format(delimiter=delimiter, quote=quote, encoding=encoding, extra="ignore"),
             )
             rows = "SELECT number, word, amount::text, mood::text, day::text FROM raw.odd WHERE load_id = %s"
             rejects = "SELECT line_number, column_name FROM raw.odd_rejects WHERE load_id = %s"
