@@ -312,7 +312,9 @@ def batch_dag(dataset: Dataset, doc: str | None = None) -> None:
                         file_format=Format() if is_made else dataset.format,
                     )
             except BatchError as error:
-                ti.xcom_push("refused", f"{file['name']}: {error}")
+                # The UI does not wrap lines: without the folders the reason is seen.
+                rest = str(error).removeprefix(file["url"])
+                ti.xcom_push("refused", file["name"] + (rest if rest != str(error) else f": {error}"))
                 raise
             report = load.report(raw.name)
             outlet_events[raw].extra = report

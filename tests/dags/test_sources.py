@@ -117,9 +117,9 @@ def test_of_twenty_files_three_known_one_broken_and_one_half_written_the_good_on
     assert said["find_files"] == "landing/*.csv: 17 files to load, 3 loaded before"
     expected = "raw.customers: 20 files: 15 loaded (45 rows), 3 loaded before, 2 refused"
     assert said["report_files"] == expected
-    assert f"refused: landing/7.csv: {landing}/7.csv: 1 of 2 records are bad" in caplog.text
+    assert "refused: landing/7.csv: 1 of 2 records are bad" in caplog.text
     assert "line 3, column updated_at, value 'yesterday evening'" in caplog.text
-    assert f"landing/12.csv: {landing}/12.csv: the last line has no line end" in caplog.text
+    assert "refused: landing/12.csv: the last line has no line end" in caplog.text
     assert published(warehouse)[0] == 18 * 2 + 1
     assert warehouse.verification("customers_latest") == (0, 0, 0, 37)
     loaded = warehouse.rows("SELECT batch_id, rows FROM raw.loads")

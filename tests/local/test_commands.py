@@ -125,8 +125,8 @@ def test_run_says_which_file_was_refused_and_why(clone: Path) -> None:
 
     bad.unlink()
     assert done.returncode != 0
-    assert "    load_raw: refused: landing/bad.csv: " in done.stdout
-    assert "the header does not fit raw.customers. missing: 'updated_at'" in done.stdout
+    assert "    load_raw: refused: landing/bad.csv, line 1: the header does not fit raw.customers" in done.stdout
+    assert "missing: 'updated_at'" in done.stdout
 
 
 @pytest.mark.parametrize("target", ["demo", "up"])
