@@ -282,13 +282,15 @@ def batch_dag(dataset: Dataset, doc: str | None = None) -> None:
             report_found(ti, source, new, known, FILES)
             return [{"url": file.url, "name": file.name} for file in new[:FILES]]
 
-        # A bad file stays bad: only what may pass by itself is tried again. One at a time, in the order of their names:
-        # of two versions with one updated_at the one that arrived last is published.
+        # A bad file stays bad, so does a wrong Format (ValueError): only what may pass by itself is tried again.
+        # One at a time, in the order of their names: of two versions with one updated_at that of the last is published.
         @task(
             outlets=[raw],
             map_index_template="{{ file_name }}",
             max_active_tis_per_dagrun=1,
-            retry_policy=ExceptionRetryPolicy([RetryRule(BatchError, RetryAction.FAIL)]),
+            retry_policy=ExceptionRetryPolicy(
+                [RetryRule(BatchError, RetryAction.FAIL), RetryRule(ValueError, RetryAction.FAIL)]
+            ),
             on_failure_callback=help_at("a-load-is-red-the-file"),
         )
         def load_raw(
@@ -330,12 +332,12 @@ def batch_dag(dataset: Dataset, doc: str | None = None) -> None:
         @task(trigger_rule="all_done", on_failure_callback=help_at("a-check-is-red"))
         def check_batch(params: Any = None, dag_run: Any = None, ti: Any = None) -> dict[str, Any]:
             """Ask each of sql/checks/ of the pending loads: `fail` stops here, stg stays as it is; `warn` is shown."""
-            is_asked = params["refresh"] != "auto" or "success" in task_states(ti, "load_raw").values()
+            has_reason = params["refresh"] != "auto" or "success" in task_states(ti, "load_raw").values()
             with PostgresHook("de_dw").get_conn() as conn:
                 loads, results = check_pending(
                     conn, table=latest_name, checks=checks, batch_id=dag_run.run_id, accept=params["accept"] or ()
                 )
-            if not loads and not is_asked:
+            if not loads and not has_reason:
                 raise AirflowSkipException(f"{latest.name}: nothing was loaded, and nothing waits from earlier runs")
             return report_checks(ti, latest_name, loads, results)
 

@@ -33,7 +33,7 @@ COLUMNS = """
 SELECT
     attname::text,
     format_type(atttypid, atttypmod),
-    typcategory = 'N' AND typname !~ '^(int[248]|oid|reg.*)$'
+    typcategory = 'N' AND (typtype = 'd' OR typname !~ '^(int[248]|oid|reg.*)$')
 FROM pg_attribute INNER JOIN pg_type ON pg_type.oid = atttypid
 WHERE attrelid = %s::regclass AND attnum > 0 AND NOT attisdropped
 """

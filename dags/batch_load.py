@@ -97,8 +97,9 @@ class Load:
         if not self.is_new:
             return f"already loaded as load {self.load_id}, batch {self.batch_id}: 0 new rows"
         rejects = f"{self.rejects:,} rejected, " if self.rejects else ""
+        rows = f"{self.rows:,} row{'' if self.rows == 1 else 's'}"
         return (
-            f"load {self.load_id}: {self.rows:,} rows, {rejects}{self.bytes / 1e6:,.1f} MB in {self.seconds:.1f} s, "
+            f"load {self.load_id}: {rows}, {rejects}{self.bytes / 1e6:,.1f} MB in {self.seconds:.1f} s, "
             f"{self.mb_per_second:,.1f} MB/s"
         )
 

@@ -52,7 +52,7 @@ def report_landed(ti: Any, table: str, files: Sequence[Any] | None, finder: str,
     :param finder: the task that found them, with XCom `known`.
     :param loader: the mapped task that loaded them: its results, each with its `file`, and of those that failed XCom
         `refused`.
-    :return: the summary, and how many files were loaded, loaded before, and refused.
+    :return: the summary, and how many files were loaded and loaded before.
     :raises AirflowFailException: not all of them are in.
     """
     from airflow.sdk.exceptions import AirflowFailException

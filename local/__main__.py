@@ -72,7 +72,7 @@ def holder() -> dict[str, object]:
 
 
 def check_data() -> None:
-    """Look whether Airflow can write to WAREHOUSE_DATA, before anything is started.
+    """Look whether there is what Airflow needs to write to WAREHOUSE_DATA, before anything is started.
 
     :raises Failure: packages are missing for an s3:// URL. What other stores need Airflow says.
     """
@@ -256,7 +256,7 @@ def start_child(
 
 
 def wait_until_healthy(children: dict[str, subprocess.Popen[bytes]], port: int) -> None:
-    """Wait for the scheduler's and the DAG processor's first heartbeat and for the DAG, then warm the API up."""
+    """Wait for the scheduler's and the DAG processor's first heartbeat, then warm the API up."""
     base = f"http://127.0.0.1:{port}"
     give_up = time.monotonic() + HEALTHY_SECONDS
     while True:

@@ -134,6 +134,7 @@ def run_dag(console: Console, dag: Any, step: str, conf: dict[str, Any], say: bo
     :raises Failure: a task failed; with its exception.
     """
     run: Any = None
+    begin = console.log.stat().st_size
     try:
         with console.step(step):
             run = dag.test(logical_date=None, run_conf=conf)
@@ -141,7 +142,7 @@ def run_dag(console: Console, dag: Any, step: str, conf: dict[str, Any], say: bo
                 raise KeyboardInterrupt  # it came while a task ran, and Airflow took it for the task's failure
             if run.state != "success":
                 failed = dict.fromkeys(task.task_id for task in run.get_task_instances() if task.state == "failed")
-                raise Failure(f"task {', '.join(failed)} failed: {cause(console.log)}")
+                raise Failure(f"task {', '.join(failed)} failed: {cause(console.log, begin)}")
     finally:
         for line in sentences(run) if say and run else []:
             console.say(f"    {line}")
@@ -160,9 +161,12 @@ def sentences(run: Any) -> list[str]:
     return [sentence for _, sentence in sorted(said)]
 
 
-def cause(log: Path) -> str:
-    """The exception of the last task that failed, from the log: Airflow keeps it nowhere else."""
-    after = log.read_text(errors="replace").rpartition("Task failed with exception")[2]
+def cause(log: Path, begin: int) -> str:
+    """The exception of the first task that failed, from the log: Airflow keeps it nowhere else.
+
+    :param begin: where the run's part of the log begins, in bytes.
+    """
+    after = log.read_bytes()[begin:].decode(errors="replace").partition("Task failed with exception")[2]
     trace = list(takewhile(lambda line: not TIMESTAMP.match(line), after.splitlines()[1:]))
     message = [line for line in trace if line and not line.startswith((" ", "Traceback"))]
     return "\n".join(message) or "see the log"

@@ -19,6 +19,7 @@ AS $$
 DECLARE
     source text := format('raw.%I', name);
     quarantine text := format('raw.%I', name || '_rejects');
+    described record;
     received text; -- its columns as they are, before those that tell where a row came from
 BEGIN
     IF octet_length(name) > 40 THEN
@@ -56,10 +57,31 @@ BEGIN
     -- A load's rows lie together, so the least and the greatest load_id of each 128 pages are enough.
     EXECUTE format('CREATE INDEX %I ON %s USING brin (load_id)', name || '_load_id_brin', source);
 
-    EXECUTE format('CREATE TABLE %s (LIKE raw.orders_rejects INCLUDING DEFAULTS INCLUDING COMMENTS)', quarantine);
     EXECUTE format(
-        'ALTER TABLE %s ADD CONSTRAINT %I PRIMARY KEY (load_id, line_number)', quarantine, name || '_rejects_pkey'
+        'CREATE TABLE %s (
+            load_id bigint NOT NULL DEFAULT current_setting(''de_dw.load_id'')::bigint,
+            line_number bigint NOT NULL,
+            line text NOT NULL,
+            line_bytes bytea,
+            column_name text,
+            reason text NOT NULL,
+            CONSTRAINT %I PRIMARY KEY (load_id, line_number)
+        )', quarantine, name || '_rejects_pkey'
     );
+    FOR described IN
+        SELECT v.name AS column_name, v.words
+        FROM (VALUES
+            ('load_id', 'The load that left the record out: raw.loads.load_id.'),
+            ('line_number', 'The line of the file on which the record begins; the header is 1.'),
+            ('line', 'The record as received, without its line end; a byte that is no UTF-8 text stands as \xff, and see '
+                'line_bytes.'),
+            ('line_bytes', 'The record''s bytes, where line is not exact; else NULL.'),
+            ('column_name', 'The column at fault, where one is.'),
+            ('reason', 'Why PostgreSQL does not take it, or why the loader does not.')
+        ) AS v (name, words)
+    LOOP
+        EXECUTE format('COMMENT ON COLUMN %s.%I IS %L', quarantine, described.column_name, described.words);
+    END LOOP;
     EXECUTE format(
         'COMMENT ON TABLE %s IS %L',
         quarantine,

@@ -288,7 +288,7 @@ COMMENT ON FUNCTION stg.verify(text) IS
 different are 0 when it has just the newest versions. Its tombstones are compared too; a load that no refresh has applied
 is left out. Takes the name without schema.';
 
--- The table as it stood when a load had been applied, and all that were committed before it.
+-- The table as it stood when a load had been applied, and all that were finished before it.
 CREATE FUNCTION stg.as_of_load(staging_table anyelement, load_id bigint) RETURNS SETOF anyelement
 LANGUAGE plpgsql
 STABLE
@@ -504,7 +504,8 @@ BEGIN
     IF spare_rows + spare_deleted_rows < live_rows + deleted_rows
         AND current_setting('de_dw.allow_fewer_rows', true) IS DISTINCT FROM 'yes'
     THEN
-        RAISE EXCEPTION 'refusing to publish % rows in place of the % rows of %', spare_rows, live_rows, parent
+        RAISE EXCEPTION 'refusing to publish % rows in place of the % rows of %',
+            spare_rows + spare_deleted_rows, live_rows + deleted_rows, parent
             USING HINT = 'raw only grows, so a refresh never finds fewer keys than the last: look at the transform, and at '
                          'who else writes to schema stg. SET de_dw.allow_fewer_rows = ''yes'' publishes them all the same.';
     END IF;

@@ -168,6 +168,25 @@ def test_run_without_new_files_is_green_and_loads_and_publishes_nothing(
     assert warehouse.rows("SELECT count(*) FROM raw.loads") == [(1,)]
 
 
+@pytest.mark.parametrize(("error", "tries"), [(ValueError("names columns that it has not"), 1), (OSError("gone"), 2)])
+def test_format_that_does_not_fit_is_not_tried_again(
+    customers: Any, landing: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, tries: int
+) -> None:
+    deliver(landing, 1)
+    monkeypatch.setattr(customers.task_dict["load_raw"], "retries", 1)
+    monkeypatch.setattr(customers.task_dict["load_raw"], "retry_delay", timedelta(0))
+    asked = []
+
+    def load(*args: Any, **options: Any) -> Any:
+        asked.append(options["batch_id"])
+        raise error
+
+    monkeypatch.setattr("batch_dag.load_batch", load)
+
+    assert run_of(customers, **ONLY).state == "failed"
+    assert asked == ["landing/1.csv"] * tries
+
+
 def test_run_that_is_cleared_says_what_is_true_now(
     customers: Any, warehouse: Warehouse, landing: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,8 +15,11 @@ SECTION = (ROOT / "docs" / GUIDE).read_text().partition("## A table\n")[2].parti
 STEPS = re.findall(r"(.*?)^```(\w+)\n(.*?)^```$", SECTION, re.MULTILINE | re.DOTALL)
 FILE = re.compile(r"`((?:sql|dags|tests)/[\w/*.]+)`")
 # Those that look at every table that there is.
-TESTS = "tests/alembic/test_migrations.py tests/sql/test_products.py tests/sql/test_raw.py tests/sql/test_citus.py"
-EVERY = "up_down or comment or revision or every or products or pipeline"
+TESTS = (
+    "tests/alembic/test_migrations.py tests/sql/test_products.py tests/sql/test_raw.py tests/sql/test_citus.py"
+    " tests/docs/test_architecture.py"
+)
+EVERY = "up_down or comment or revision or every or products or pipeline or goes_on or architecture"
 
 
 @pytest.mark.skipif("embedded" not in servers(), reason="it is on the embedded server")

@@ -127,6 +127,9 @@ def test_run_says_which_file_was_refused_and_why(clone: Path) -> None:
     assert done.returncode != 0
     assert "    load_raw: refused: landing/bad.csv, line 1: the header does not fit raw.customers" in done.stdout
     assert "missing: 'updated_at'" in done.stdout
+    done = make(clone, "run", DAG="customers", CONF='{"source": "landing/nothing"}')
+    assert done.returncode != 0
+    assert "source 'landing/nothing': No such file or directory below" in done.stdout
 
 
 @pytest.mark.parametrize("target", ["demo", "up"])

@@ -81,7 +81,7 @@ def test_loads_of_another_table_are_not_pending(warehouse: Warehouse) -> None:
     warehouse.alter(
         """
         INSERT INTO raw.loads (table_name, batch_id, source, sha256, bytes, rows)
-        VALUES ('raw.invoices', 'a', 'test', repeat('a', 64), 0, 5)
+        VALUES ('raw.of_a_test', 'a', 'test', repeat('a', 64), 0, 5)
         """,
     )
 
@@ -142,8 +142,8 @@ def test_refresh_under_an_older_snapshot_is_refused(warehouse: Warehouse, isolat
     "given",
     [
         "",
-        "INSERT INTO stg.table_versions (table_name) VALUES ('invoices_latest')",
-        "INSERT INTO stg.table_versions (table_name, source_table) VALUES ('invoices_latest', 'raw.invoces')",
+        "INSERT INTO stg.table_versions (table_name) VALUES ('of_a_test_latest')",
+        "INSERT INTO stg.table_versions (table_name, source_table) VALUES ('of_a_test_latest', 'raw.of_a_tset')",
     ],
 )
 def test_table_whose_source_is_unknown_is_refused(warehouse: Warehouse, given: str) -> None:
@@ -151,9 +151,9 @@ def test_table_whose_source_is_unknown_is_refused(warehouse: Warehouse, given: s
 
     with (
         warehouse.connect() as conn,
-        pytest.raises(errors.RaiseException, match=r"does not say what stg\.invoices_latest is made from") as refusal,
+        pytest.raises(errors.RaiseException, match=r"does not say what stg\.of_a_test_latest is made from") as refusal,
     ):
-        conn.execute("SELECT stg.begin_refresh('invoices_latest')")
+        conn.execute("SELECT stg.begin_refresh('of_a_test_latest')")
 
     assert "(table_name, source_table)" in (refusal.value.diag.message_hint or "")
 
