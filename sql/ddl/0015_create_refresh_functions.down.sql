@@ -9,6 +9,9 @@ DROP FUNCTION stg.verify(text);
 DROP FUNCTION stg.union_pending(text);
 DROP FUNCTION stg.merge_pending(text);
 DROP FUNCTION stg.takes_in(text);
+DROP FUNCTION stg.noted_taken_in(text);
+DROP FUNCTION stg.note_taken_in(text, bigint[]);
+DROP FUNCTION stg.newest_of(text, bigint[]);
 DROP FUNCTION stg.begin_swap(text);
 
 CREATE OR REPLACE FUNCTION stg.loads_to_apply(table_name text) RETURNS SETOF bigint

@@ -103,6 +103,45 @@ COMMENT ON FUNCTION stg.begin_swap(text) IS
 'The first step of a refresh by a swap, in its transaction: stg.begin_refresh and stg.empty_spare. Returns the number of
 loads to apply. Takes the table''s name without schema.';
 
+-- The loads as a constant: the planner looks into it, and knows nothing of what a subquery will find.
+CREATE FUNCTION stg.newest_of(table_name text, loads bigint[]) RETURNS text
+LANGUAGE sql
+STABLE
+SET search_path = pg_catalog, pg_temp
+AS $$
+    SELECT format(
+        'SELECT DISTINCT ON (%1$s) %2$s FROM %3$s WHERE load_id = ANY (%4$L::bigint[])
+        ORDER BY %1$s, updated_at DESC, row_id DESC', s.key_list, s.column_list, s.source, loads
+    )
+    FROM stg.shape_of(table_name) AS s
+$$;
+COMMENT ON FUNCTION stg.newest_of(text, bigint[]) IS
+'The query of the newest version of each key that some loads brought, tombstones among them. Takes the staging table''s
+name without schema.';
+
+-- What the spare of a table takes in, from the statement that fills it to the swap: as a setting, which ends with the
+-- transaction or is undone with a savepoint as the rows are.
+CREATE FUNCTION stg.note_taken_in(table_name text, loads bigint[]) RETURNS void
+LANGUAGE sql
+SET search_path = pg_catalog, pg_temp
+AS $$
+    SELECT set_config('de_dw.taken_in', format('%s %s', table_name, loads), true)
+$$;
+COMMENT ON FUNCTION stg.note_taken_in(text, bigint[]) IS
+'Notes for stg.swap which loads the spare of a staging table takes in; NULL: none that could be published.';
+
+CREATE FUNCTION stg.noted_taken_in(table_name text) RETURNS bigint[]
+LANGUAGE sql
+STABLE
+SET search_path = pg_catalog, pg_temp
+AS $$
+    SELECT nullif(substr(noted, length(table_name) + 2), '')::bigint[]
+    FROM current_setting('de_dw.taken_in', true) AS noted
+    WHERE starts_with(noted, table_name || ' ')
+$$;
+COMMENT ON FUNCTION stg.noted_taken_in(text) IS
+'The loads that stg.note_taken_in has noted of a staging table, or NULL.';
+
 CREATE FUNCTION stg.takes_in(table_name text) RETURNS boolean
 LANGUAGE plpgsql
 STABLE -- so that it sees just what the statement sees that calls it
@@ -110,14 +149,12 @@ SET search_path = pg_catalog, pg_temp
 AS $$
 DECLARE
     loads bigint[] := ARRAY(SELECT stg.loads_to_apply(table_name));
-    taken_in text := current_setting('de_dw.taken_in', true); -- table and loads
+    before bigint[] := stg.noted_taken_in(table_name);
 BEGIN
-    IF starts_with(taken_in, table_name || ' ') THEN -- by a statement before: a load is in if all of them saw it
-        loads := ARRAY(
-            SELECT unnest(loads) INTERSECT SELECT unnest(substr(taken_in, length(table_name) + 2)::bigint[])
-        );
+    IF before IS NOT NULL THEN -- by a statement before: a load is in if all of them saw it
+        loads := ARRAY(SELECT unnest(loads) INTERSECT SELECT unnest(before));
     END IF;
-    PERFORM set_config('de_dw.taken_in', format('%s %s', table_name, loads), true);
+    PERFORM stg.note_taken_in(table_name, loads);
     RETURN true;
 END
 $$;
@@ -139,14 +176,10 @@ DECLARE
     newest text;
 BEGIN
     loads_to_apply := stg.begin_refresh(table_name); -- waits for another refresh
-    PERFORM set_config('de_dw.taken_in', '', true); -- a spare that was filled before is older than what comes now
+    PERFORM stg.note_taken_in(table_name, NULL); -- a spare that was filled before is older than what comes now
     loads := current_setting('de_dw.loads_to_apply')::bigint[];
     SELECT * INTO shape FROM stg.shape_of(table_name);
-    -- The loads as a constant: the planner looks into it, and knows nothing of what a subquery will find.
-    newest := format(
-        'SELECT DISTINCT ON (%1$s) %2$s FROM %3$s WHERE load_id = ANY (%4$L::bigint[])
-        ORDER BY %1$s, updated_at DESC, row_id DESC', shape.key_list, shape.column_list, shape.source, loads
-    );
+    newest := stg.newest_of(table_name, loads);
     IF shape.tombstone IS NULL THEN
         EXECUTE format(
             'INSERT INTO %1$s AS previous (%2$s) %3$s
@@ -222,7 +255,7 @@ BEGIN
         END,
         loads
     );
-    PERFORM set_config('de_dw.taken_in', format('%s %s', table_name, loads), true);
+    PERFORM stg.note_taken_in(table_name, loads);
     rows := stg.swap(table_name);
 END
 $$;
@@ -303,14 +336,9 @@ DECLARE
 BEGIN
     SELECT * INTO shape FROM stg.shape_of(table_name);
     RETURN QUERY EXECUTE format(
-        'SELECT %2$s FROM (
-            SELECT DISTINCT ON (%1$s) %2$s FROM %3$s WHERE load_id = ANY (%4$L::bigint[])
-            ORDER BY %1$s, updated_at DESC, row_id DESC
-        ) AS version WHERE NOT (%5$s)',
-        shape.key_list,
+'SELECT %s FROM (%s) AS version WHERE NOT (%s)',
         shape.column_list,
-        shape.source,
-        ARRAY(SELECT stg.loads_until(table_name, as_of_load.load_id)),
+        stg.newest_of(table_name, ARRAY(SELECT stg.loads_until(table_name, as_of_load.load_id))),
         coalesce(shape.tombstone, 'false')
     );
 END
@@ -355,12 +383,9 @@ BEGIN
     PERFORM stg.begin_swap(table_name); -- waits for another refresh
     SELECT * INTO shape FROM stg.shape_of(table_name);
     EXECUTE format(
-        'INSERT INTO stg.%1$I (%3$s)
-        SELECT DISTINCT ON (%2$s) %3$s FROM %4$s WHERE load_id = ANY (%5$L::bigint[])
-        ORDER BY %2$s, updated_at DESC, row_id DESC',
-        table_name || '_spare', shape.key_list, shape.column_list, shape.source, loads
+        'INSERT INTO stg.%I (%s) %s', table_name || '_spare', shape.column_list, stg.newest_of(table_name, loads)
     );
-    PERFORM set_config('de_dw.taken_in', format('%s %s', table_name, loads), true);
+    PERFORM stg.note_taken_in(table_name, loads);
     PERFORM set_config('de_dw.allow_fewer_rows', 'yes', true); -- there were fewer then
     published := stg.swap(table_name);
     PERFORM set_config('de_dw.allow_fewer_rows', '', true);
@@ -386,6 +411,9 @@ COMMENT ON FUNCTION stg.forget_applied(text, bigint[]) IS
 REVOKE EXECUTE ON FUNCTION
 stg.shape_of(text),
 stg.begin_swap(text),
+stg.newest_of(text, bigint[]),
+stg.note_taken_in(text, bigint[]),
+stg.noted_taken_in(text),
 stg.takes_in(text),
 stg.merge_pending(text),
 stg.union_pending(text),
@@ -397,12 +425,15 @@ stg.forget_applied(text, bigint[])
 FROM public;
 GRANT EXECUTE ON FUNCTION
 stg.shape_of(text),
+stg.newest_of(text, bigint[]),
 stg.verify(text),
 stg.as_of_load(anyelement, bigint),
 stg.loads_until(text, bigint)
 TO de_dw_pipeline, de_dw_reader;
 GRANT EXECUTE ON FUNCTION
 stg.begin_swap(text),
+stg.note_taken_in(text, bigint[]),
+stg.noted_taken_in(text),
 stg.takes_in(text),
 stg.merge_pending(text),
 stg.union_pending(text),
@@ -463,8 +494,7 @@ DECLARE
     deleted_rows bigint := 0; -- tombstones as they were, and
     spare_deleted_rows bigint := 0; -- as they will be
     shape record;
-    taken_in text := current_setting('de_dw.taken_in', true); -- table and loads
-    loads bigint[];
+    loads bigint[] := stg.noted_taken_in(table_name);
     next_version bigint;
     index_name text; -- of the live table
     spare_index_name text;
@@ -479,12 +509,11 @@ BEGIN
             USING ERRCODE = 'object_not_in_prerequisite_state',
                   HINT = 'What is in it is older than what is published. Run a script of sql/transforms/ as a whole.';
     END IF;
-    IF starts_with(taken_in, table_name || ' ') IS NOT TRUE THEN
+    IF loads IS NULL THEN
         RAISE EXCEPTION 'the statement that filled the spare of % does not say which loads it took in', parent
             USING ERRCODE = 'object_not_in_prerequisite_state',
                   HINT = format('Its condition is: WHERE (SELECT stg.takes_in(%L))', table_name);
     END IF;
-    loads := substr(taken_in, length(table_name) + 2)::bigint[];
     -- Loads that were committed since stg.begin_refresh are among them.
     PERFORM ops.assert_checked(table_name, loads);
 
@@ -571,7 +600,7 @@ BEGIN
     SELECT swap.table_name, l.load_id, l.finished_at FROM raw.loads AS l
     WHERE l.load_id = ANY (loads)
     ON CONFLICT DO NOTHING;
-    PERFORM set_config('de_dw.taken_in', '', true);
+    PERFORM stg.note_taken_in(table_name, NULL);
     EXECUTE format(
         'ALTER TYPE stg.%I RENAME TO %I', table_name || '_v' || (next_version - 1), table_name || '_v' || next_version
     );
@@ -626,7 +655,7 @@ BEGIN
     END IF;
 
     EXECUTE format('TRUNCATE %s', spare);
-    PERFORM set_config('de_dw.taken_in', '', true);
+    PERFORM stg.note_taken_in(table_name, NULL);
     UPDATE stg.table_versions AS v SET spare_emptied_by = pg_current_xact_id()
     WHERE v.table_name = empty_spare.table_name;
     FOR name IN
