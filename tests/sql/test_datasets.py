@@ -3,6 +3,7 @@
 import pytest
 from psycopg import Error, errors
 
+from bench.feeds import FEEDS, create_latest, create_raw, transform
 from tests.warehouse import OWNER, PIPELINE, Warehouse
 
 THINGS = """
@@ -364,6 +365,16 @@ def test_key_that_may_be_null_and_tombstone_that_is_none_are_refused_when_the_ta
 
     with pytest.raises(Error, match=message):
         warehouse.alter(f"SELECT stg.create_latest('odd', {arguments})")
+
+
+@pytest.mark.parametrize("name", FEEDS)
+def test_feeds_of_the_bench_are_datasets(warehouse: Warehouse, name: str) -> None:
+    warehouse.alter(create_raw(name, FEEDS[name]) + create_latest(name, FEEDS[name]))
+
+    with warehouse.connect(PIPELINE, autocommit=True) as conn:
+        conn.execute(transform(name, FEEDS[name]).encode())
+
+    assert warehouse.rows(f"SELECT count(*) FROM stg.{name}_latest") == [(0,)]
 
 
 def test_pipeline_can_not_make_or_drop_a_dataset(things: Warehouse) -> None:
