@@ -60,7 +60,7 @@ NOT_CSV = {
     b"[": "JSON",
 }
 # With these the first record of a file without a header may begin, too.
-DATA = (b"<", b"{", b"[")
+MAY_BEGIN_DATA = (b"<", b"{", b"[")
 # Marks at the beginning of a text, and the encodings that have them.
 MARKS = {BOM: ["utf-8"], b"\xff\xfe": ["utf-16", "utf-16-le"], b"\xfe\xff": ["utf-16", "utf-16-be"]}
 
@@ -375,10 +375,10 @@ class BatchFile:
                         f"declared as {self.format.encoding}. Declare {encodings[-1]}, or let the source keep to it."
                     )
             self._file.seek(0)
-            text_of = self._text_of(self._file)
-            start = bytes(text_of.read(HEADER_BYTES))
+            reader = self._text_of(self._file)
+            start = bytes(reader.read(HEADER_BYTES))
             # Or a line end of two bytes would be taken for the first of them.
-            more = bytes(text_of.read(1))
+            more = bytes(reader.read(1))
             start, self._is_short = start + more, not more
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise BatchError(f"{self.path}: the gzip file is damaged or cut off: {error}. Deliver it again.") from None
@@ -387,7 +387,7 @@ class BatchFile:
             remedy = "" if self.format.header else " A batch without rows has a header all the same."
             raise BatchError(f"{self.path}: the file is empty.{remedy}")
         for magic, what in NOT_CSV.items():
-            if self.format.header and magic in DATA:
+            if self.format.header and magic in MAY_BEGIN_DATA:
                 continue
             if text.lstrip().startswith(magic) or (first.startswith(magic) and not is_utf_16):
                 raise BatchError(f"{self.path}: not a CSV file but {what}")

@@ -24,10 +24,10 @@ def task_states(ti: Any, *task_ids: str) -> dict[str, str | None]:
     What they have pushed does not say it: of a run that was cleared it stays until a task begins anew, and of instances
     that are no longer there for good.
     """
-    found: dict[str, str | None] = ti.get_task_states(
+    found: dict[str, dict[str, str | None]] = ti.get_task_states(
         dag_id=ti.dag_id, task_ids=list(task_ids), run_ids=[ti.run_id]
-    ).get(ti.run_id, {})
-    return found
+    )
+    return found[ti.run_id]
 
 
 def report_found(ti: Any, source: str, new: Sequence[Any], known: Sequence[Any], limit: int) -> None:
@@ -63,7 +63,7 @@ def report_landed(ti: Any, table: str, files: Sequence[Any] | None, finder: str,
     done = [index for index in range(len(files)) if states.get(f"{loader}_{index}") == "success"]
     returned = zip(done, ti.xcom_pull(task_ids=[loader], map_indexes=done), strict=True)
     reports = [report for index, report in returned if report and report["file"] == files[index]["name"]]
-    others = [index for index in range(len(files)) if index not in {*done}]
+    others = sorted({*range(len(files))} - {*done})
     refused = [message for message in ti.xcom_pull(task_ids=[loader], map_indexes=others, key="refused") if message]
     known = ti.xcom_pull(task_ids=finder, key="known") or []
     new = [report for report in reports if report["is_new"]]

@@ -272,8 +272,10 @@ def wait_until_healthy(children: dict[str, subprocess.Popen[bytes]], port: int) 
             raise Failure(f"Airflow was not healthy after {HEALTHY_SECONDS:.0f} s: see {LOGS}")
         time.sleep(0.3)
     # The part of the API that tasks use is built at its first request: longer than a task waits for an answer.
-    with suppress(OSError):
+    try:
         urllib.request.urlopen(f"{base}/execution/health", timeout=60).read()  # noqa: S310
+    except OSError as error:
+        print(f"the API that tasks use was not warmed up: {error}")  # to the log
 
 
 def stop_processes(processes: list[psutil.Process]) -> None:
